@@ -1,0 +1,1 @@
+"""What slicecast knows about models, as data: family rules and snapshots of MaxText's trees."""

@@ -1,0 +1,1 @@
+"""The converter: index, codecs, mapping, plan, pipeline, writer, verify and the command line."""

@@ -1,0 +1,301 @@
+"""The command line.
+
+Flags carry MaxText's names, and MaxText's `key=value` spelling works too, so that a user of its converter swaps the program and keeps
+the rest of the command.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+from absl.flags import argparse_flags
+from rich.console import Console
+
+from slicecast.convert.errors import SlicecastError, UsageError
+from slicecast.convert.settings import Settings
+
+# Words of MaxText's commands that change nothing here, and why.
+_WITHOUT_EFFECT = {
+    "lazy_load_tensors": "weights are always streamed",
+    "eager_load_method": "weights are always streamed",
+    "hardware": "the devices that JAX finds are used; set JAX_PLATFORMS to choose others",
+    "skip_jax_distributed_system": "other hosts are found by JAX, or given with --coordinator_address",
+}
+
+_DESCRIPTION = "Turns Hugging Face checkpoints into sharded Orbax checkpoints that MaxText loads."
+
+_EXAMPLES = {
+    "convert": """examples:
+  slicecast convert --hf_model_path=/data/Kimi-K2.6 --base_output_directory=/data/kimi --model_name=kimi-k2-1t
+  slicecast convert hf_model_path=/data/Llama-3.1-8B base_output_directory=/data/llama scan_layers=false
+  slicecast convert --hf_model_path=IN --base_output_directory=OUT --simulated_cpu_devices_count=8 --host_memory_gb=16
+
+Run the same command again to go on after an interruption. MaxText loads OUT/0/items.""",
+    "plan": """examples:
+  slicecast plan --hf_model_path=/data/Kimi-K2.6 --slice=v5e-16
+  slicecast plan --hf_model_path=/data/Kimi-K2.6 --host_memory_gb=96 --json""",
+    "verify": """examples:
+  slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6""",
+}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line.
+
+    Raises:
+        UsageError: If a word or a value is not understood.
+    """
+    return _parser().parse_args(list(_as_flags(arguments)))
+
+
+def run() -> None:
+    """The entry point of `slicecast`."""
+    try:
+        app.run(main, flags_parser=_parse_for_absl)
+    except UsageError as error:
+        _exit(error)
+
+
+def _parse_for_absl(argv: Sequence[str]) -> argparse.Namespace:
+    flags.FLAGS(argv[:1])  # The flags that libraries define keep their defaults.
+    return parse(argv[1:])
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Carries out a parsed command line; returns the exit code."""
+    # Orbax reports its routine, and logs a stack trace for errors that it also raises, which we report ourselves.
+    logging.set_verbosity(logging.FATAL)
+    try:
+        _start_jax(arguments)
+        return {"convert": _convert, "plan": _plan, "verify": _verify}[arguments.command](arguments)
+    except SlicecastError as error:
+        _exit(error)
+    except KeyboardInterrupt:
+        print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
+        return 130
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from slicecast.convert import commands, describe
+
+    console = Console(stderr=True)
+    settings = _settings(arguments)
+    summary = commands.convert(settings, console, describe=lambda plan: describe.show(plan, console))
+    if jax.process_index() == 0:
+        console.print(
+            f"done in {summary.seconds:.1f} s: {summary.waves - summary.resumed} waves written, {summary.resumed} had been "
+            f"written before; read {summary.in_bytes / 1e9:.2f} GB in {summary.requests} requests; peak memory "
+            f"{summary.peak_bytes / 1e9:.2f} GB",
+            highlight=False,
+            soft_wrap=True,
+        )
+        print(f"load_parameters_path={summary.items}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from slicecast.convert import commands, describe
+
+    settings = _settings(arguments)
+    plan = commands.make_plan(settings, commands.machine_for_planning(settings))
+    if arguments.json:
+        print(json.dumps(describe.as_json(plan), indent=2))
+    else:
+        describe.show(plan, Console())
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from slicecast.convert import commands
+
+    console = Console(stderr=True)
+    output = Path(os.path.abspath(arguments.output))
+    for line in commands.verify_checkpoint(output, arguments.hf_model_path, arguments.host_memory_gb, console):
+        print(line)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    known = {field.name for field in fields(Settings)}
+    return Settings(**{name: value for name, value in vars(arguments).items() if name in known})
+
+
+def _start_jax(arguments: argparse.Namespace) -> None:
+    """Chooses the platform and joins the other processes, before JAX is used."""
+    from slicecast.convert import hosts
+
+    simulated = getattr(arguments, "simulated_cpu_devices_count", None)
+    if simulated is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", simulated)
+    if arguments.command == "verify" or getattr(arguments, "slice", None) is not None:
+        # Nothing is computed on devices, so none need be taken from another program.
+        jax.config.update("jax_platforms", "cpu")
+    if arguments.command == "convert":
+        hosts.initialize(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+
+
+def _as_flags(arguments: Sequence[str]) -> list[str]:
+    """Turns MaxText's `key=value` words into flags, and drops the words that change nothing, with a line that says so."""
+    words = []
+    skip_value = False
+    for position, word in enumerate(arguments):
+        if skip_value:
+            skip_value = False
+            continue
+        if word.endswith((".yml", ".yaml")) and not word.startswith("-"):
+            _note(f"{word}: ignored; slicecast needs no config file")
+            continue
+        key, equals, _ = word.lstrip("-").partition("=")
+        if key in _WITHOUT_EFFECT:
+            _note(f"{word}: ignored; {_WITHOUT_EFFECT[key]}")
+            following = arguments[position + 1 : position + 2]
+            skip_value = not equals and bool(following) and not following[0].startswith("-") and "=" not in following[0]
+            continue
+        is_pair = bool(equals) and not word.startswith("-") and key.isidentifier()
+        words.append(f"--{word}" if is_pair else word)
+    return words
+
+
+def _note(text: str) -> None:
+    print(f"slicecast: {text}", file=sys.stderr)
+
+
+def _exit(error: SlicecastError) -> NoReturn:
+    lines = str(error).splitlines() or [type(error).__name__]
+    print(f"slicecast: {type(error).__name__}: {lines[0]}", file=sys.stderr)
+    for line in lines[1:]:
+        print(f"  {line}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+class _Parser(argparse_flags.ArgumentParser):  # type: ignore[misc]
+    """A parser that reports mistakes as `UsageError`, with a suggestion."""
+
+    def __init__(self, **kwargs: object):
+        # Only our own flags: those that libraries define for themselves would drown them in the help.
+        super().__init__(inherited_absl_flags=None, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UsageError("; ".join(self._unknown(word, parsed.command) for word in unknown))
+        result: argparse.Namespace = parsed
+        return result
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. See {self.prog} --help.")
+
+    def _unknown(self, word: str, command: str) -> str:
+        name = word.lstrip("-").partition("=")[0]
+        actions = self._subparsers._group_actions[0].choices[command]._actions  # noqa: SLF001
+        known = [option.lstrip("-") for action in actions for option in action.option_strings]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean --{close[0]}?" if close else f"; see slicecast {command} --help"
+        return f"'{word}' is not understood{hint}"
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="slicecast", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"slicecast {metadata.version('slicecast')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    convert = _command(commands, "convert", "convert a checkpoint, or go on converting it")
+    _add_model_flags(convert)
+    convert.add_argument("--base_output_directory", metavar="DIR", required=True, help="the result goes to DIR/0/items")
+    _add_memory_flags(convert)
+    _add_device_flags(convert)
+    convert.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens; found by JAX on TPUs")
+    convert.add_argument("--num_processes", metavar="N", type=int, help="how many processes convert; found by JAX on TPUs")
+    convert.add_argument("--process_id", metavar="I", type=int, help="which of them this is; found by JAX on TPUs")
+
+    plan = _command(commands, "plan", "show what convert would do; reads headers only, writes nothing")
+    _add_model_flags(plan)
+    plan.add_argument("--base_output_directory", metavar="DIR", help="accepted so that a convert command can be planned")
+    _add_memory_flags(plan)
+    _add_device_flags(plan)
+    plan.add_argument("--slice", metavar="NAME", help="plan for a TPU slice, for example v5e-16")
+    plan.add_argument("--hosts", metavar="N", type=int, help="plan for this many hosts")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    verify = _command(commands, "verify", "compare a finished checkpoint with its source, bit for bit")
+    verify.add_argument("output", metavar="OUT", help="the --base_output_directory of the conversion")
+    verify.add_argument("--hf_model_path", metavar="DIR", required=True, help="the Hugging Face checkpoint")
+    verify.add_argument("--host_memory_gb", metavar="GB", type=_positive, help="memory to use, in GB")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary.capitalize() + ".",
+        epilog=_EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf_model_path", metavar="DIR", required=True, help="the Hugging Face checkpoint")
+    parser.add_argument(
+        "--scan_layers", metavar="BOOL", type=_boolean, nargs="?", const=True, default=True,
+        help="stack the layers into one leaf, as MaxText does by default (default: true)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--param_scan_axis", metavar="AXIS", type=int, choices=(0, 1), default=1,
+        help="where the layer axis stands in a stacked leaf (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save_dtype", choices=("bfloat16", "float32"), default="bfloat16",
+        help="the dtype of the weights (default: bfloat16); the router's bias is always float32",
+    )  # fmt: skip
+    parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
+    parser.add_argument(
+        "--override_model_config", metavar="BOOL", type=_boolean, nargs="?", const=True, default=False,
+        help="let the model's sizes differ from those that MaxText has for --model_name",
+    )  # fmt: skip
+
+
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host_memory_gb", metavar="GB", type=_positive,
+        help="bytes in flight on each host at most, in GB (default: three quarters of the free memory)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device_memory_gb", metavar="GB", type=_positive,
+        help="memory of each chip to use at most, in GB (default: three quarters of it)",
+    )  # fmt: skip
+
+
+def _add_device_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--simulated_cpu_devices_count", metavar="N", type=int,
+        help="run on the CPU, as this many devices (default: the devices that JAX finds)",
+    )  # fmt: skip
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return values[text.lower()]
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above zero")
+    return value

@@ -1,0 +1,1 @@
+"""How tensors are stored: which files' bytes make a tensor, and how they become numbers."""

@@ -1,0 +1,233 @@
+"""What the subcommands do, from settings to results."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from slicecast.configs import families, maxtext, slices
+from slicecast.convert import hosts, orbax_checkpoint, plan, verify
+from slicecast.convert.codecs import quantization_config
+from slicecast.convert.errors import OutputError, VerificationError
+from slicecast.convert.mapping import resolve
+from slicecast.convert.mapping.target import Layout
+from slicecast.convert.memory import GB, Machine, available_host_bytes
+from slicecast.convert.pipeline import Pipeline, array_spec
+from slicecast.convert.plan import Plan
+from slicecast.convert.progress import ProgressDisplay, peak_resident_bytes
+from slicecast.convert.settings import Settings
+from slicecast.convert.source.checkpoint import open_checkpoint
+
+# The part of free memory that is used where the user gives no budget; the rest is for the program itself and for others.
+_DEFAULT_SHARE = 0.75
+
+# Boxes compared at once by `verify`; NumPy lets go of the interpreter for most of the work.
+_VERIFY_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did, on this process.
+
+    Attributes:
+        items: The directory to give to MaxText as `load_parameters_path`.
+        waves: How many waves the process had.
+        resumed: How many of them an earlier run had finished.
+        in_bytes: Source bytes read.
+        requests: Read requests.
+        seconds: Time taken.
+        peak_bytes: The most memory that the process held.
+    """
+
+    items: str
+    waves: int
+    resumed: int
+    in_bytes: int
+    requests: int
+    seconds: float
+    peak_bytes: int
+
+
+def make_plan(settings: Settings, machine: Machine) -> Plan:
+    """The plan for these settings, from headers only.
+
+    Raises:
+        SlicecastError: Whatever keeps the checkpoint from being converted.
+    """
+    checkpoint = open_checkpoint(settings.hf_model_path)
+    model = families.recognize(checkpoint.config, settings.model_name)
+    layout = Layout(settings.scan_layers, settings.param_scan_axis, settings.save_dtype)
+    quantization = quantization_config.read(checkpoint.config)
+    resolved, ignored = resolve.resolve(checkpoint, model, layout, quantization)
+    if settings.model_name is not None and not settings.override_model_config:
+        maxtext.check(settings.model_name, layout, [item.leaf for item in resolved])
+    description = quantization.description if quantization else "not quantized"
+    return plan.make(checkpoint, model, layout, description, resolved, ignored, machine)
+
+
+def machine_for_planning(settings: Settings) -> Machine:
+    """The machines that `plan` plans for: those of `--slice` and `--hosts`, or this one."""
+    if settings.slice is not None:
+        described = slices.parse(settings.slice)
+        generation = described.generation
+        return Machine(
+            hosts=settings.hosts or described.hosts,
+            devices=described.chips_of_each_host,
+            host_bytes=_bytes(settings.host_memory_gb, generation.host_gb * GB),
+            device_bytes=_bytes(settings.device_memory_gb, generation.chip_gb * GB),
+        )
+    here = this_machine(settings)
+    return Machine(settings.hosts or here.hosts, here.devices, here.host_bytes, here.device_bytes)
+
+
+def this_machine(settings: Settings) -> Machine:
+    """The machines that this process runs on."""
+    devices = jax.local_devices()
+    device_bytes = None
+    if devices[0].platform != "cpu":
+        statistics = devices[0].memory_stats() or {}
+        device_bytes = _bytes(settings.device_memory_gb, int(statistics.get("bytes_limit", 16 * GB)))
+    return Machine(
+        hosts=jax.process_count(),
+        devices=len(devices),
+        host_bytes=_bytes(settings.host_memory_gb, available_host_bytes()),
+        device_bytes=device_bytes,
+    )
+
+
+def _bytes(gigabytes: float | None, available: int) -> int:
+    return int(available * _DEFAULT_SHARE) if gigabytes is None else int(gigabytes * GB)
+
+
+def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
+    """Converts a checkpoint; called by all processes.
+
+    Args:
+        settings: What the user asked for.
+        console: Where process 0 shows what happens.
+        describe: Called with the plan on process 0, before anything is written.
+
+    Raises:
+        SlicecastError: If something keeps the checkpoint from being converted, or from being finished.
+    """
+    start = time.monotonic()
+    if settings.base_output_directory is None:
+        raise OutputError("convert needs --base_output_directory.")
+    output = Path(os.path.abspath(settings.base_output_directory))
+    made = make_plan(settings, this_machine(settings))
+    process = jax.process_index()
+    if process == 0:
+        describe(made)
+    hosts.check_agreement(made.digest)
+    hosts.check_shared(output)
+    _check_output(output, made)
+    output.mkdir(parents=True, exist_ok=True)
+
+    waves = made.waves[process]
+    display_console = console if process == 0 else Console(quiet=True)
+    label = f"host 0 of {made.machine.hosts}: " if made.machine.hosts > 1 else ""
+    out_bytes = sum(wave.out_bytes for wave in waves)
+    with ProgressDisplay(display_console, len(waves), out_bytes, made.machine.host_bytes, label) as display:
+        pipeline = Pipeline(made, process, jax.local_devices(), display.report)
+        arrays = {planned.leaf.path: array_spec(planned) for planned in made.leaves}
+        orbax_checkpoint.save(output, arrays, pipeline.run, _custom_metadata(settings, made))
+    return Summary(
+        items=str(output / orbax_checkpoint.STEP / orbax_checkpoint.ITEM),
+        waves=display.waves,
+        resumed=display.resumed,
+        in_bytes=pipeline.reader.bytes_read,
+        requests=pipeline.reader.requests,
+        seconds=time.monotonic() - start,
+        peak_bytes=peak_resident_bytes(),
+    )
+
+
+def _custom_metadata(settings: Settings, made: Plan) -> dict[str, Any]:
+    """The step's custom metadata: `scan_layers` for MaxText, the rest for `verify` and for resuming."""
+    return {
+        "scan_layers": settings.scan_layers,
+        "slicecast": {
+            "version": metadata.version("slicecast"),
+            "plan": made.digest,
+            "param_scan_axis": settings.param_scan_axis,
+            "save_dtype": settings.save_dtype,
+            "model_name": settings.model_name,
+        },
+    }
+
+
+def _check_output(output: Path, made: Plan) -> None:
+    finished = orbax_checkpoint.finished_checkpoint(output)
+    if finished is not None:
+        raise OutputError(
+            f"{finished}: there is a finished checkpoint already. Give another --base_output_directory, or remove it."
+        )
+    unfinished = orbax_checkpoint.unfinished_checkpoint(output)
+    if unfinished is None:
+        return
+    begun = _own_metadata(unfinished).get("plan")
+    if begun is not None and begun != made.digest:
+        raise OutputError(
+            f"{unfinished}: an unfinished checkpoint with another plan is there (another source, other flags, or another "
+            f"version of slicecast; its plan is {str(begun)[:12]}, this one is {made.digest[:12]}). Run the command that "
+            "began it, give another --base_output_directory, or remove it."
+        )
+
+
+def _own_metadata(step: Path) -> Mapping[str, Any]:
+    own = orbax_checkpoint.read_custom_metadata(step).get("slicecast")
+    return own if isinstance(own, dict) else {}
+
+
+def settings_of(output: Path, hf_model_path: str) -> Settings:
+    """The settings that a finished checkpoint was made with, from its metadata.
+
+    Raises:
+        OutputError: If there is no finished checkpoint, or slicecast did not make it.
+    """
+    step = orbax_checkpoint.require_finished(output)
+    own = _own_metadata(step)
+    if not own:
+        raise OutputError(f"{step}: this checkpoint was not written by slicecast; verify can only check its own.")
+    return Settings(
+        hf_model_path=hf_model_path,
+        base_output_directory=str(output),
+        scan_layers=bool(orbax_checkpoint.read_custom_metadata(step)["scan_layers"]),
+        param_scan_axis=int(own["param_scan_axis"]),
+        save_dtype=str(own["save_dtype"]),
+        model_name=own["model_name"],
+        override_model_config=True,
+    )
+
+
+def verify_checkpoint(output: Path, hf_model_path: str, host_memory_gb: float | None, console: Console) -> Sequence[str]:
+    """Compares a finished checkpoint with its source.
+
+    Returns:
+        A line for each thing that was checked and found right.
+
+    Raises:
+        VerificationError: Naming each leaf that differs.
+        OutputError: If there is no finished checkpoint of ours.
+    """
+    settings = settings_of(output, hf_model_path)
+    machine = Machine(1, 1, _bytes(host_memory_gb, available_host_bytes()), None)
+    made = make_plan(settings, machine)
+    arrays = orbax_checkpoint.open_arrays(output)
+    differences = verify.compare_trees(made, arrays)
+    if not differences:
+        with console.status("comparing"):
+            differences = verify.compare_values(made, arrays, lambda _: None, _VERIFY_WORKERS)
+    if differences:
+        lines = [f"{difference.path} {difference.detail}" for difference in differences]
+        raise VerificationError(
+            f"{output}: {len(differences)} of {len(made.leaves)} leaves differ from the source:\n" + "\n".join(lines)
+        )
+    values = sum(planned.nbytes // planned.itemsize for planned in made.leaves)
+    return [f"{len(made.leaves)} leaves, {values} values: all equal to the source, bit for bit"]

@@ -1,0 +1,115 @@
+"""A plan as people read it, and as scripts do."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+
+from slicecast.convert.memory import GB
+from slicecast.convert.plan import Plan, PlannedLeaf
+
+# Leaves shown in full; an unscanned Kimi-K2 has a thousand.
+_LARGEST = 8
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything that the plan decides, in numbers and names, for scripts."""
+    machine = plan.machine
+    return {
+        "source": plan.checkpoint.path,
+        "model": plan.model.description,
+        "quantization": plan.quantization,
+        "formats": _formats(plan),
+        "notes": list(plan.model.notes),
+        "files": len(plan.checkpoint.file_sizes),
+        "tensors": len(plan.checkpoint.tensors),
+        "ignored": [{"why": i.why, "tensors": i.count, "bytes": i.nbytes} for i in plan.ignored],
+        "scan_layers": plan.layout.scan_layers,
+        "leaves": len(plan.leaves),
+        "parameters": sum(leaf.nbytes // leaf.itemsize for leaf in plan.leaves),
+        "chunks": sum(leaf.chunk_count for leaf in plan.leaves),
+        "boxes": sum(1 for _ in plan.boxes),
+        "in_bytes": plan.in_bytes,
+        "out_bytes": plan.out_bytes,
+        "hosts": machine.hosts,
+        "devices_per_host": machine.devices,
+        "waves_per_host": [len(waves) for waves in plan.waves],
+        "waves_in_flight": plan.waves_in_flight,
+        "host_budget_bytes": machine.host_bytes,
+        "host_bytes_in_flight": plan.host_bytes_in_flight,
+        "device_budget_bytes": machine.device_bytes,
+        "device_bytes_in_flight": None if machine.device_bytes is None else plan.device_bytes_in_flight,
+        "digest": plan.digest,
+    }
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the plan."""
+    for name, text in _facts(plan):
+        _print(console, f"{name:<12} {text}")
+    for ignored in plan.ignored:
+        _print(console, f"{'left out':<12} {ignored.count} tensors, {_size(ignored.nbytes)}: {ignored.why}")
+    for note in plan.model.notes:
+        _print(console, f"{'note':<12} {note}")
+    _print(console, f"{'leaves':<12} the largest of {len(plan.leaves)}:")
+    for planned in sorted(plan.leaves, key=lambda leaf: -leaf.nbytes)[:_LARGEST]:
+        _print(console, f"  {_leaf(planned)}")
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    facts, machine = as_json(plan), plan.machine
+    per_host = [sum(wave.out_bytes for wave in waves) for waves in plan.waves]
+    devices = f"{machine.devices} device{'s' if machine.devices > 1 else ''}"
+    yield "model", plan.model.description
+    yield "source", f"{facts['files']} files, {facts['tensors']} tensors; {plan.quantization}"
+    yield "formats", ", ".join(f"{count} x {name}" for name, count in facts["formats"].items())
+    yield "read", f"{_size(plan.in_bytes)}, by ranges, each byte by one host"
+    yield "write", (
+        f"{_size(plan.out_bytes)} before compression: {len(plan.leaves)} leaves, {facts['chunks']} chunks, "
+        f"layers {'scanned' if plan.layout.scan_layers else 'unscanned'}"
+    )
+    yield "hosts", f"{machine.hosts} with {devices} each; {_range(per_host, _size)} of output a host"
+    yield "work", (
+        f"{facts['boxes']} boxes in {_range(facts['waves_per_host'], str)} waves a host, {plan.waves_in_flight} in flight"
+    )
+    yield "host memory", f"{_size(plan.host_bytes_in_flight)} in flight at most; the budget is {_size(machine.host_bytes)}"
+    yield "chip memory", _chip_memory(plan)
+    yield "plan", plan.digest[:12]
+
+
+def _chip_memory(plan: Plan) -> str:
+    if plan.machine.device_bytes is None:
+        return "none: the devices are this host's CPU, and count as host memory"
+    return f"{_size(plan.device_bytes_in_flight)} at most; the budget is {_size(plan.machine.device_bytes)} a chip"
+
+
+def _leaf(planned: PlannedLeaf) -> str:
+    leaf, tiling = planned.leaf, planned.tiling
+    return (
+        f"{_size(planned.nbytes):>9}  {leaf.dtype}{list(leaf.shape)}, chunks {list(tiling.chunk)} of {list(tiling.inner)}  "
+        f"{leaf.path}"
+    )
+
+
+def _formats(plan: Plan) -> dict[str, int]:
+    """How many source tensors each codec decodes."""
+    return dict(Counter(_codecs(plan)).most_common())
+
+
+def _codecs(plan: Plan) -> Iterator[str]:
+    return (stored.codec.description for planned in plan.leaves for stored in planned.sources.values())
+
+
+def _range(values: list[int], text: Callable[[int], str]) -> str:
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _size(nbytes: int) -> str:
+    """A size in GB, or in MB where that would be nothing."""
+    return f"{nbytes / GB:.1f} GB" if nbytes >= GB else f"{nbytes / 1e6:.1f} MB"

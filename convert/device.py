@@ -1,0 +1,108 @@
+"""The device step: stored bytes in, values in MaxText's layout out, on all chips of this host.
+
+One program is compiled for each signature (codec, ops, shapes) and used for every box that has it. A batch of tensors is spread
+over a mesh of this process's chips, first over the batch and then over the rows of each tensor, so that every chip works on the same
+amount and nothing crosses between chips.
+"""
+
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from slicecast.convert.box import Box, Shape
+from slicecast.convert.codecs.base import Codec
+from slicecast.convert.mapping import ops
+from slicecast.convert.mapping.ops import Op, Scale, Transpose
+from slicecast.convert.memory import chips_used
+
+_BATCH, _ROWS = "batch", "rows"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is computed for each tensor of a batch.
+
+    Attributes:
+        codec: How the stored parts become values.
+        ops: How the values are laid out.
+        source: The shape of the whole source tensor.
+        element: The shape of the part of the tensor's target that is computed. Where the part lies does not matter.
+        row_axis: The target axis that follows the source's rows; None if the rows must stay together.
+        dtype: The dtype of the result.
+    """
+
+    codec: Codec
+    ops: tuple[Op, ...]
+    source: Shape
+    element: Shape
+    row_axis: int | None
+    dtype: str
+
+    @property
+    def rows(self) -> int | None:
+        """Into how many shares the rows can be divided at most; None if they must stay together."""
+        return None if self.row_axis is None else self.element[self.row_axis]
+
+
+class DeviceRunner:
+    """Runs steps on this process's devices. Used from several threads.
+
+    Attributes:
+        devices: The devices.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], slots: int):
+        """A runner that has at most `slots` batches on the devices at once."""
+        self.devices = tuple(devices)
+        self._slots = threading.BoundedSemaphore(slots)
+
+    def run(self, step: Step, parts: Sequence[np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+        """The values `[batch, *step.element]` from the stored parts `[batch, rows, ...]`."""
+        over_batch, over_rows = chips_used(len(parts[0]), step.rows, len(self.devices))
+        mesh = Mesh(np.array(self.devices[: over_batch * over_rows]).reshape(over_batch, over_rows), (_BATCH, _ROWS))
+        inputs = NamedSharding(mesh, PartitionSpec(_BATCH, _ROWS))
+        with self._slots:
+            on_device = jax.device_put(tuple(parts), inputs)
+            values = _compiled(step, mesh)(*on_device)
+            return np.asarray(values)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(step: Step, mesh: Mesh) -> jax.stages.Wrapped:
+    over_rows = mesh.shape[_ROWS]
+    local = _share_of_rows(step, over_rows)
+    shapes = [box.shape for box in ops.boxes(step.ops, local, step.source)[1:]]
+    spec = [_BATCH] + [None] * len(step.element)
+    if step.row_axis is not None:
+        spec[step.row_axis + 1] = _ROWS
+    mapped = jax.shard_map(
+        functools.partial(_convert, step=step, shapes=shapes),
+        mesh=mesh,
+        in_specs=PartitionSpec(_BATCH, _ROWS),
+        out_specs=PartitionSpec(*spec),
+        # The outputs of kernels carry no record of how they vary over the mesh.
+        check_vma=False,
+    )
+    return jax.jit(mapped)
+
+
+def _share_of_rows(step: Step, parts: int) -> Box:
+    """The target box that the first of `parts` equal shares of a step's rows gives."""
+    whole = Box.whole(step.element)
+    return whole if step.row_axis is None else whole.with_axis(step.row_axis, 0, step.element[step.row_axis] // parts)
+
+
+def _convert(*parts: jax.Array, step: Step, shapes: Sequence[Shape]) -> jax.Array:
+    """The step for one chip's share, `[batch, *shapes[-1]]`."""
+    # Values stay exact in float32 until an op has computed with them; without such an op they are rounded at once.
+    dtype = "float32" if any(isinstance(op, Scale) for op in step.ops) else step.dtype
+    transposed = step.ops[:1] == (Transpose(),)
+    x = step.codec.decode(parts, dtype=dtype, transposed=transposed)
+    first = 1 if transposed else 0
+    x = jax.vmap(lambda element: ops.apply(step.ops[first:], element, shapes[first:]))(x)
+    return x.astype(step.dtype)

@@ -1,0 +1,84 @@
+"""The processes of a conversion: how they find each other, and what they must agree on before anything is written."""
+
+import hashlib
+import secrets
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from slicecast.convert.errors import OutputError, UsageError
+
+# What `jax.distributed.initialize()` says where nothing tells it of other processes: a machine on its own.
+_NO_CLUSTER = "coordinator_address should be defined"
+
+
+def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes; to be called before JAX is used in any other way.
+
+    On TPU slices, GKE and Slurm, JAX finds the others by itself. Elsewhere all three arguments say where they are; without
+    them the process is alone.
+
+    Raises:
+        UsageError: If only some of the arguments are given.
+    """
+    given = [value is not None for value in (coordinator_address, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise UsageError("--coordinator_address, --num_processes and --process_id belong together: give all or none.")
+    if all(given):
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        return
+    if jax.config.jax_platforms == "cpu":
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if _NO_CLUSTER not in str(error):
+            raise
+
+
+def check_agreement(digest: str) -> None:
+    """Checks that all processes have made the same plan.
+
+    Raises:
+        UsageError: On every process, if one differs.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(hashlib.sha256(digest.encode()).digest(), np.uint8)
+    everyones = np.asarray(multihost_utils.process_allgather(mine))
+    different = [i for i, theirs in enumerate(everyones) if not np.array_equal(theirs, everyones[0])]
+    if different:
+        raise UsageError(
+            f"processes {different} have made another plan than process 0. Give all processes the same flags, the same "
+            "source and the same version of slicecast."
+        )
+
+
+def check_shared(output: Path) -> None:
+    """Checks that all processes see the same output directory.
+
+    Raises:
+        OutputError: On every process, if one sees another directory.
+    """
+    if jax.process_count() == 1:
+        return
+    # Process 0 leaves a file with an unguessable name, which the others must see.
+    token = np.frombuffer(secrets.token_bytes(8), np.uint8)
+    token = np.asarray(multihost_utils.broadcast_one_to_all(token)).astype(np.uint8)
+    witness = output / f".slicecast-{token.tobytes().hex()}"
+    if jax.process_index() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        witness.touch()
+    multihost_utils.sync_global_devices("slicecast: witness written")
+    seen = np.asarray(multihost_utils.process_allgather(np.array([witness.exists()])))
+    multihost_utils.sync_global_devices("slicecast: witness seen")
+    if jax.process_index() == 0:
+        witness.unlink()
+    blind = [i for i, saw in enumerate(seen.reshape(-1)) if not saw]
+    if blind:
+        raise OutputError(
+            f"{output}: processes {blind} do not see what process 0 writes there. With several hosts, give an output "
+            "directory that all of them share, such as a mounted file system."
+        )

@@ -1,0 +1,267 @@
+"""The layout operations of which every rule is made.
+
+An op turns a source array into a target array. It is a frozen dataclass with four pure methods, so that a rule can be
+planned on shapes alone, cut into boxes, traced by JAX, and inverted:
+
+* `shape(source)`: the shape of the target array.
+* `source_box(box, source)`: the box of the source array that a box of the target needs. Each op maps boxes to boxes; a
+  target box for which this cannot be (part of an axis that the op permutes) is widened by nobody: it is a `ValueError`,
+  and the planner cuts elsewhere.
+* `apply(x, shape)`: the op on a box of the source, `shape` being that of the target box. Traceable by JAX.
+* `invert(source)`: the op that undoes this one, for a source array of this shape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from slicecast.convert.box import Box, Shape
+
+
+class Op(Protocol):
+    """One step from a source array to a target array; see the module docstring."""
+
+    def shape(self, source: Shape) -> Shape:
+        """The target's shape for a source of this shape; `ValueError` where the op does not fit the source."""
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """The part of the source that this box of the target needs; `ValueError` where that is no box."""
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The target box of this shape, from the source box `x`."""
+
+    def invert(self, source: Shape) -> "Op":
+        """The op that leads back to a source of this shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """`target[i, o] = source[o, i]`: Hugging Face keeps `[out, in]`, MaxText `[in, out]`."""
+
+    def shape(self, source: Shape) -> Shape:
+        """`[out, in]` to `[in, out]`."""
+        if len(source) != 2:
+            raise ValueError(f"Transpose needs two axes, not {list(source)}")
+        return source[::-1]
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """The box with its axes exchanged."""
+        return Box(box.start[::-1], box.stop[::-1])
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The transposed array."""
+        return x.T
+
+    def invert(self, source: Shape) -> "Transpose":
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One axis becomes several, row-major: `[..., heads * head_dim, ...]` to `[..., heads, head_dim, ...]`.
+
+    Attributes:
+        axis: The source axis, counted from the front.
+        sizes: The sizes of the target axes that replace it.
+    """
+
+    axis: int
+    sizes: Shape
+
+    def shape(self, source: Shape) -> Shape:
+        """The source's shape with `axis` replaced by `sizes`."""
+        product = 1
+        for size in self.sizes:
+            product *= size
+        if source[self.axis] != product:
+            raise ValueError(f"axis {self.axis} of {list(source)} does not split into {list(self.sizes)}")
+        return source[: self.axis] + self.sizes + source[self.axis + 1 :]
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """Row-major runs are boxes: after the first axis that is cut to more than one index, all must be whole."""
+        axes = slice(self.axis, self.axis + len(self.sizes))
+        start, length = 0, 1
+        for low, high, size in zip(box.start[axes], box.stop[axes], self.sizes, strict=True):
+            if length > 1 and (low, high) != (0, size):
+                raise ValueError(f"{box} is not one run of axis {self.axis}, which splits into {list(self.sizes)}")
+            start = start * size + low
+            length = length * (high - low) if length == 1 else length * size
+        return Box(
+            box.start[: self.axis] + (start,) + box.start[axes.stop :],
+            box.stop[: self.axis] + (start + length,) + box.stop[axes.stop :],
+        )
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The array in the target's shape."""
+        return x.reshape(shape)
+
+    def invert(self, source: Shape) -> "Merge":
+        """The merge of the same axes."""
+        return Merge(self.axis, len(self.sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Several neighboring axes become one, row-major; undoes `Split`.
+
+    Attributes:
+        axis: The first of the source axes.
+        count: How many axes become one.
+    """
+
+    axis: int
+    count: int
+
+    def shape(self, source: Shape) -> Shape:
+        """The source's shape with the axes multiplied into one."""
+        product = 1
+        for size in source[self.axis : self.axis + self.count]:
+            product *= size
+        return source[: self.axis] + (product,) + source[self.axis + self.count :]
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """A run of the merged axis is a box of the source if it covers whole rows of its inner axes."""
+        inner = 1
+        for size in source[self.axis + 1 : self.axis + self.count]:
+            inner *= size
+        low, high = box.start[self.axis], box.stop[self.axis]
+        if low % inner or high % inner:
+            raise ValueError(f"{box} cuts through the inner axes of {list(source)}, merged from axis {self.axis}")
+        zeros = (0,) * (self.count - 1)
+        whole = source[self.axis + 1 : self.axis + self.count]
+        return Box(
+            box.start[: self.axis] + (low // inner,) + zeros + box.start[self.axis + 1 :],
+            box.stop[: self.axis] + (high // inner,) + whole + box.stop[self.axis + 1 :],
+        )
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The array in the target's shape."""
+        return x.reshape(shape)
+
+    def invert(self, source: Shape) -> Split:
+        """The split into the source's axes."""
+        return Split(self.axis, source[self.axis : self.axis + self.count])
+
+
+@dataclass(frozen=True, slots=True)
+class InterleaveHalves:
+    """Rotary halves to rotary pairs on the last axis: `t[2j] = s[j]`, `t[2j + 1] = s[D/2 + j]`.
+
+    Hugging Face's Llama rotates element `j` with element `D/2 + j`; MaxText's Llama 3.1 rotates neighbors.
+    """
+
+    def shape(self, source: Shape) -> Shape:
+        """Unchanged; the last axis must be even."""
+        if source[-1] % 2:
+            raise ValueError(f"InterleaveHalves needs an even last axis, not {list(source)}")
+        return source
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """The same box, which must span the last axis."""
+        return _whole_last_axis(box, source)
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The array with its last axis permuted."""
+        halves = x.reshape(*shape[:-1], 2, shape[-1] // 2)
+        return jnp.swapaxes(halves, -1, -2).reshape(shape)
+
+    def invert(self, source: Shape) -> "DeinterleaveHalves":
+        """Pairs back to halves."""
+        return DeinterleaveHalves()
+
+
+@dataclass(frozen=True, slots=True)
+class DeinterleaveHalves:
+    """Rotary pairs to rotary halves on the last axis; undoes `InterleaveHalves`."""
+
+    def shape(self, source: Shape) -> Shape:
+        """Unchanged; the last axis must be even."""
+        return InterleaveHalves().shape(source)
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """The same box, which must span the last axis."""
+        return _whole_last_axis(box, source)
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The array with its last axis permuted."""
+        pairs = x.reshape(*shape[:-1], shape[-1] // 2, 2)
+        return jnp.swapaxes(pairs, -1, -2).reshape(shape)
+
+    def invert(self, source: Shape) -> InterleaveHalves:
+        """Halves back to pairs."""
+        return InterleaveHalves()
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """`target = source * factor`, in float32 whatever the source's dtype; the one rounding comes at the end.
+
+    Attributes:
+        factor: The multiplier; it is used as a float32.
+    """
+
+    factor: float
+
+    def shape(self, source: Shape) -> Shape:
+        """Unchanged."""
+        return source
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """Unchanged."""
+        return box
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The scaled array as float32."""
+        return x.astype(jnp.float32) * jnp.float32(self.factor)
+
+    def invert(self, source: Shape) -> "Scale":
+        """Division as a multiplication; exact only where the factor is a power of two."""
+        return Scale(1.0 / self.factor)
+
+
+def _whole_last_axis(box: Box, source: Shape) -> Box:
+    if (box.start[-1], box.stop[-1]) != (0, source[-1]):
+        raise ValueError(f"{box} cuts the last axis of {list(source)}, which is permuted")
+    return box
+
+
+def target_shape(ops: Sequence[Op], source: Shape) -> Shape:
+    """The shape that a chain of ops gives, applied first to last."""
+    for op in ops:
+        source = op.shape(source)
+    return source
+
+
+def boxes(ops: Sequence[Op], box: Box, source: Shape) -> tuple[Box, ...]:
+    """The box of the source that a box of the chain's target needs, and the boxes after each op, the last being `box`.
+
+    Raises:
+        ValueError: Where the needed part of the source is no box.
+    """
+    shapes = [source]
+    for op in ops:
+        shapes.append(op.shape(shapes[-1]))
+    chain = [box]
+    for op, shape in zip(reversed(ops), reversed(shapes[:-1]), strict=True):
+        chain.append(op.source_box(chain[-1], shape))
+    return tuple(reversed(chain))
+
+
+def apply(ops: Sequence[Op], x: jax.Array, shapes: Sequence[Shape]) -> jax.Array:
+    """A box of the chain's target from a box `x` of its source; `shapes` are those of `boxes(...)[1:]`. Traceable."""
+    for op, shape in zip(ops, shapes, strict=True):
+        x = op.apply(x, shape)
+    return x
+
+
+def invert(ops: Sequence[Op], source: Shape) -> tuple[Op, ...]:
+    """The chain that undoes this one, for a source of this shape."""
+    inverse: list[Op] = []
+    for op in ops:
+        inverse.insert(0, op.invert(source))
+        source = op.shape(source)
+    return tuple(inverse)

@@ -1,0 +1,265 @@
+"""Orbax: the only module that knows it.
+
+Writing is one `AsyncCheckpointer.save` of a tree whose leaves do not exist: a `TypeHandler` of our own receives them, and its
+commit future runs the conversion, which writes chunks to storage itself (`chunk_store.py`). Orbax contributes what makes the result
+an ordinary checkpoint: the directory layout, the tree metadata, the barriers between hosts, the merge of the per-process
+databases, and the commit.
+
+    <output>/0.orbax-checkpoint-tmp/    while it is written: nothing that a loader would open
+    <output>/0/items/                   after the commit
+
+A killed run leaves the first of these. The next run continues in it (`_Resumable`), where Orbax by itself would delete it.
+
+Reading goes through Orbax too, with a handler that opens each array in place of reading it whole.
+"""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import future as ocp_future
+from orbax.checkpoint import path as ocp_path
+
+from slicecast.convert.chunk_store import ArraySpec, ChunkReader, ChunkWriter, missing_keys
+from slicecast.convert.errors import IncompleteError, OutputError
+
+STEP = "0"
+ITEM = "items"
+
+# Orbax limits a whole save, with the conversion in it, to 20 minutes by default. A week is longer than any conversion, and only
+# there so that a hang ends.
+_TIMEOUT_SECONDS = 7 * 24 * 3600
+
+_METADATA_FILE = "_CHECKPOINT_METADATA"
+_COMMIT_FILE = "commit_success.txt"
+
+Convert = Callable[[ChunkWriter], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _StreamedLeaf:
+    """A leaf that does not exist: what Orbax sees of an array that will be written chunk by chunk."""
+
+    array: ArraySpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[type-arg]
+        return np.dtype(self.array.dtype)
+
+
+class _StreamHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
+    """Writes streamed leaves by running a conversion in the background."""
+
+    def __init__(self, convert: Convert):
+        self._convert = convert
+
+    def typestr(self) -> str:
+        """What the tree metadata says of each leaf: on disk it is an ordinary array."""
+        return "jax.Array"
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError("streamed leaves can only be written")
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        raise NotImplementedError("streamed leaves can only be written")
+
+    async def serialize(
+        self, values: Sequence[_StreamedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[ocp_future.Future]:
+        return [ocp_future.CommitFutureAwaitingContractedSignals(self._run(values, infos), name="slicecast")]
+
+    async def _run(self, values: Sequence[_StreamedLeaf], infos: Sequence[Any]) -> None:
+        for info in infos:
+            await info.await_path_creation()
+        names = [info.name for info in infos]
+        if names != [value.array.name for value in values]:
+            raise OutputError(f"Orbax names the leaves {names[:3]}..., which is not what slicecast expects; use another version.")
+        directory = Path(infos[0].parent_dir)
+        arrays = [value.array for value in values]
+        process = jax.process_index()
+        # In a thread of its own: the conversion blocks, and this coroutine's loop must stay free.
+        await asyncio.to_thread(
+            lambda: self._convert(ChunkWriter(directory, arrays, process, writes_metadata=process == 0))
+        )
+
+
+class _Resumable(ocp_path.atomicity.AtomicRenameTemporaryPath):  # type: ignore[misc]
+    """A temporary directory that a killed run's successor continues in."""
+
+    async def create(self) -> epath.Path:
+        temporary, final = self.get(), self.get_final()
+        if final.exists() and not temporary.exists():
+            final.rename(temporary)  # Killed after the item was renamed and before the step was.
+        # Orbax writes the step's metadata right after making its directory; without it nothing was begun.
+        if temporary.exists() and (temporary.name.startswith(ITEM) or (temporary / _METADATA_FILE).exists()):
+            (temporary / _COMMIT_FILE).unlink(missing_ok=True)
+            return temporary
+        return await super().create()
+
+
+def _checked(arrays: Sequence[ArraySpec]) -> type[_Resumable]:
+    """A temporary directory that is committed only if all chunks of all arrays are in it.
+
+    Orbax does not look, and the loader that MaxText uses reads a missing chunk as zeros.
+    """
+
+    class Checked(_Resumable):
+        async def finalize(self) -> None:
+            if self.get().name.startswith(ITEM):
+                missing = await asyncio.to_thread(missing_keys, Path(self.get()), arrays)
+                if missing:
+                    raise IncompleteError(
+                        f"{self.get()}: {len(missing)} chunks are missing, among them {missing[:3]}; the checkpoint was "
+                        "not committed. Run the same command again: it writes what is missing."
+                    )
+            await super().finalize()
+
+    return Checked
+
+
+def finished_checkpoint(output: Path) -> Path | None:
+    """The directory of the finished checkpoint in an output directory, if there is one."""
+    step = output / STEP
+    return step if step.exists() else None
+
+
+def unfinished_checkpoint(output: Path) -> Path | None:
+    """The directory that an interrupted run left in an output directory, if there is one."""
+    return next(output.glob(f"{STEP}.orbax-checkpoint-tmp*"), None)
+
+
+def require_finished(output: Path) -> Path:
+    """The directory of the finished checkpoint in an output directory.
+
+    Raises:
+        OutputError: If there is none.
+    """
+    step = finished_checkpoint(output)
+    if step is None:
+        state = "an unfinished one: run convert again to finish it" if unfinished_checkpoint(output) else "nothing"
+        raise OutputError(f"{output / STEP}: a finished checkpoint is expected, found {state}.")
+    return step
+
+
+def read_custom_metadata(step: Path) -> Mapping[str, Any]:
+    """The custom metadata of a step, finished or not; empty where there is none.
+
+    Orbax writes this file when it begins a step, but has no public way to read it before the commit.
+    """
+    try:
+        custom = json.loads((step / _METADATA_FILE).read_text()).get("custom_metadata")
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return custom if isinstance(custom, dict) else {}
+
+
+def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom_metadata: Mapping[str, Any]) -> None:
+    """Writes a checkpoint to `<output>/0/items`, or goes on with one that an earlier run began; called by all processes.
+
+    Args:
+        output: A local directory, the same on all processes.
+        arrays: The leaves by path, keys joined by `/`.
+        convert: Writes all chunks that this process owns. Called once, in a thread.
+        custom_metadata: JSON for the step's custom metadata.
+
+    Raises:
+        IncompleteError: If chunks are missing at the end.
+    """
+    processes = ocp.options.MultiprocessingOptions(
+        # Named processes make Orbax's barriers use the coordination service. Without, they are device collectives, which
+        # could mix with the conversion's own programs on the chips.
+        active_processes=set(range(jax.process_count()))
+    )
+    temporary_path_class = _checked(list(arrays.values()))
+    registry = ocp.type_handlers.create_type_handler_registry((_StreamedLeaf, _StreamHandler(convert)))
+    handler = ocp.CompositeCheckpointHandler(
+        **{
+            ITEM: ocp.PyTreeCheckpointHandler(
+                use_ocdbt=True, use_zarr3=True, type_handler_registry=registry, multiprocessing_options=processes
+            )
+        },
+        composite_options=ocp.CompositeOptions(
+            temporary_path_class=temporary_path_class, multiprocessing_options=processes
+        ),
+    )
+    with ocp.AsyncCheckpointer(
+        handler,
+        async_options=ocp.options.AsyncOptions(timeout_secs=_TIMEOUT_SECONDS),
+        temporary_path_class=temporary_path_class,
+        multiprocessing_options=processes,
+    ) as checkpointer:
+        tree = _nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
+        checkpointer.save(
+            epath.Path(output) / STEP,
+            args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
+            custom_metadata=dict(custom_metadata),
+        )
+        checkpointer.wait_until_finished()
+
+
+class _OpenHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
+    """Gives each array of a checkpoint as an open TensorStore in place of its values."""
+
+    def typestr(self) -> str:
+        """The type of the leaves that this handler reads."""
+        return "jax.Array"
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError("open arrays have their own metadata")
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Any:
+        raise NotImplementedError("open arrays can only be read")
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[ts.TensorStore]:
+        return await asyncio.to_thread(self._open, infos)
+
+    def _open(self, infos: Sequence[Any]) -> list[ts.TensorStore]:
+        reader = ChunkReader(Path(infos[0].parent_dir))
+        return [reader.open(info.name) for info in infos]
+
+
+def open_arrays(output: Path) -> dict[str, ts.TensorStore]:
+    """The arrays of the finished checkpoint in an output directory, by path, open for reading.
+
+    Raises:
+        OutputError: If there is no finished checkpoint.
+    """
+    step = require_finished(output)
+    registry = ocp.type_handlers.create_type_handler_registry((ts.TensorStore, _OpenHandler()))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = checkpointer.restore(epath.Path(step) / ITEM, args=ocp.args.PyTreeRestore())
+    return _flatten(tree)
+
+
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        path: leaf
+        for key, child in tree.items()
+        for path, leaf in _flatten(child, f"{prefix}/{key}" if prefix else key).items()
+    }

@@ -1,0 +1,130 @@
+"""Runs this process's part of a plan: reads spans, computes boxes on the devices, hands blocks of chunks to the writer.
+
+A few workers each take the next wave and carry it through all stages: read, compute, write, commit. While one waits for storage
+another computes and a third compresses, so the stages overlap without queues between them; and since a wave's bytes are gone before
+its worker takes another, bytes in flight never exceed `plan.waves_in_flight` waves.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+
+import jax
+import numpy as np
+
+from slicecast.convert.box import Box
+from slicecast.convert.chunk_store import ArraySpec, Block, ChunkWriter
+from slicecast.convert.codecs.base import StoredTensor
+from slicecast.convert.device import DeviceRunner, Step
+from slicecast.convert.plan import Plan, PlannedLeaf, Wave, WorkBox
+from slicecast.convert.source.reader import Reader
+
+# Called after each wave with the wave and whether it had been finished by an earlier run.
+Report = Callable[[Wave, bool], None]
+
+
+def array_spec(planned: PlannedLeaf) -> ArraySpec:
+    """How a leaf is stored."""
+    leaf, tiling = planned.leaf, planned.tiling
+    return ArraySpec(leaf.name, leaf.shape, leaf.dtype, tiling.chunk, tiling.inner)
+
+
+class Pipeline:
+    """One process's part of a plan.
+
+    Attributes:
+        reader: The source; it counts what was read.
+    """
+
+    def __init__(self, plan: Plan, process: int, devices: Sequence[jax.Device], report: Report):
+        """A pipeline that calls `report` after each wave, from its workers' threads."""
+        self._plan = plan
+        self._waves = plan.waves[process]
+        self._runner = DeviceRunner(devices, plan.device_slots)
+        self._report = report
+        self._stop = threading.Event()
+        self.reader = Reader(plan.checkpoint.path)
+
+    def run(self, writer: ChunkWriter) -> None:
+        """Carries out the plan; returns when all chunks are durable. The first error stops all workers and is raised."""
+        waves = iter(self._waves)
+        lock = threading.Lock()
+        workers = self._plan.waves_in_flight
+        with ThreadPoolExecutor(workers, thread_name_prefix="slicecast-wave") as pool:
+            futures = [pool.submit(self._work, waves, lock, writer) for _ in range(workers)]
+            self._wait(futures)
+
+    def _wait(self, futures: Sequence[Future[None]]) -> None:
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            self._stop.set()
+        for future in futures:
+            future.result()
+
+    def _work(self, waves: Iterator[Wave], lock: threading.Lock, writer: ChunkWriter) -> None:
+        while not self._stop.is_set():
+            with lock:
+                wave = next(waves, None)
+            if wave is None:
+                return
+            todo = [work for work in wave.boxes if writer.missing(array_spec(work.leaf), work.box)]
+            if todo:
+                writer.write([self._convert(work) for work in todo])
+            self._report(wave, not todo)
+
+    def _convert(self, work: WorkBox) -> Block:
+        """Reads and computes one box."""
+        planned, box = work.leaf, work.box
+        leaf = planned.leaf
+        tensors = planned.tensors(box)
+        start, stop = planned.rows(box)
+        spans = [part.span(start, stop) for tensor in tensors for part in tensor.parts]
+        data = iter(self.reader.read(spans))
+        parts = [[part.view(next(data), start, stop) for part in tensor.parts] for tensor in tensors]
+        element = leaf.element_box(box)
+        # One array [tensors, *element]; the stacked axes are unfolded from its first axis, in the order of the leaf.
+        values = self._values(planned, tensors, parts, element)
+        stacked = [axis for axis, _ in leaf.stacked]
+        values = values.reshape([box.shape[axis] for axis in stacked] + list(element.shape))
+        values = np.moveaxis(values, range(len(stacked)), stacked)
+        return Block(array_spec(planned), box, values)
+
+    def _values(
+        self,
+        planned: PlannedLeaf,
+        tensors: Sequence[StoredTensor],
+        parts: Sequence[Sequence[np.ndarray]],  # type: ignore[type-arg]
+        element: Box,
+    ) -> np.ndarray:  # type: ignore[type-arg]
+        """The values of all tensors, `[tensors, *element]`."""
+        if planned.is_copy(tensors):
+            return _stack([part for (part,) in parts])
+        leaf = planned.leaf
+        row_axis = planned.tiling.row_axis
+        element_axes = [leaf.element_axis(axis) for axis in range(len(element.shape))]
+        results = []
+        # Neighbors that are stored alike go to the devices together; commonly that is all of them.
+        for codec, group in itertools.groupby(range(len(tensors)), key=lambda i: (tensors[i].codec, _dtypes(parts[i]))):
+            members = list(group)
+            step = Step(
+                codec=codec[0],
+                ops=leaf.rule.ops,
+                source=leaf.rule.shape,
+                element=element.shape,
+                row_axis=None if row_axis is None else element_axes.index(row_axis),
+                dtype=leaf.dtype,
+            )
+            batch = [_stack([parts[i][p] for i in members]) for p in range(len(parts[members[0]]))]
+            results.append(self._runner.run(step, batch))
+        return results[0] if len(results) == 1 else np.concatenate(results)
+
+
+def _dtypes(parts: Sequence[np.ndarray]) -> tuple[np.dtype, ...]:  # type: ignore[type-arg]
+    return tuple(part.dtype for part in parts)
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+    """The arrays along a new first axis, without a copy if there is only one."""
+    return arrays[0][np.newaxis] if len(arrays) == 1 else np.stack(arrays)

@@ -1,0 +1,34 @@
+"""The settings of a command, as the command line gives them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user asked for. Names are MaxText's wherever MaxText has one.
+
+    Attributes:
+        hf_model_path: The directory of the Hugging Face checkpoint.
+        base_output_directory: Where the result goes; None for `plan`.
+        scan_layers: Whether layers are stacked.
+        param_scan_axis: The position of the layer axis.
+        save_dtype: `bfloat16` or `float32`.
+        model_name: MaxText's name of the model, or None.
+        override_model_config: Whether the model's sizes may differ from those that MaxText has for `model_name`.
+        host_memory_gb: The budget for bytes in flight on each host, in GB (10**9 bytes); None for three quarters of what is free.
+        device_memory_gb: The budget of each chip in GB; None for three quarters of what it has.
+        slice: The TPU slice to plan for, such as `v5e-16`; None for this machine.
+        hosts: How many hosts to plan for; None for those that there are.
+    """
+
+    hf_model_path: str
+    base_output_directory: str | None = None
+    scan_layers: bool = True
+    param_scan_axis: int = 1
+    save_dtype: str = "bfloat16"
+    model_name: str | None = None
+    override_model_config: bool = False
+    host_memory_gb: float | None = None
+    device_memory_gb: float | None = None
+    slice: str | None = None
+    hosts: int | None = None

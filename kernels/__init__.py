@@ -1,0 +1,1 @@
+"""Pallas TPU kernels and their XLA references, one folder per operation."""

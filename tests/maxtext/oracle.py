@@ -1,0 +1,119 @@
+"""MaxText as an oracle: its own tree of a model, its two checkpoint readers, and its forward pass, on a CPU.
+
+Trees are flat: a path like `decoder/layers/mlp/wo/kernel` to an array. Only this file knows MaxText.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import maxtext
+import numpy as np
+import orbax.checkpoint as ocp
+from cases import TOKENS, Case
+from flax import nnx
+from maxtext.common import checkpointing
+from maxtext.configs import pyconfig
+from maxtext.utils import model_creation_utils
+
+Tree = dict[str, np.ndarray]
+
+_BASE_CONFIG = Path(maxtext.__file__).parent / "configs" / "base.yml"
+
+# Float32 throughout, and the plain implementations, so that logits can be compared to the last few bits.
+_SETTINGS = (
+    "attention=dot_product",
+    "dtype=float32",
+    "enable_checkpointing=false",
+    "hardware=cpu",
+    f"max_target_length={TOKENS}",
+    "matmul_precision=highest",
+    "megablox=false",
+    "override_model_config=true",
+    "per_device_batch_size=1",
+    "skip_jax_distributed_system=true",
+    "sparse_matmul=false",
+    "weight_dtype=float32",
+)
+
+
+def config(case: Case, scan_layers: bool, items: Path) -> Any:
+    """Returns MaxText's config of a case whose checkpoint is at `items`."""
+    scratch = items.parents[2]  # the case's folder: MaxText writes its logs and its cache of compiled programs somewhere
+    settings = [
+        *_SETTINGS,
+        *case.maxtext_settings(scan_layers),
+        f"base_output_directory={scratch / 'maxtext_output'}",
+        f"jax_cache_dir={scratch.parent / 'jax_cache'}",
+        f"load_parameters_path={items}",
+    ]
+    return pyconfig.initialize(["", str(_BASE_CONFIG), *settings])
+
+
+def _weights(model: nnx.Module) -> nnx.State:
+    """Returns a model's persistent variables, as MaxText's readers select them."""
+    transient = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.BatchStat)
+    return nnx.state(model).filter(lambda path, variable: not isinstance(variable, transient))
+
+
+def _flat(state: nnx.State) -> dict[str, Any]:
+    """Returns the values of a state by path."""
+    return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _arrays(state: nnx.State) -> Tree:
+    """Returns the values of a concrete state by path, as numpy arrays."""
+    return {path: np.asarray(value) for path, value in _flat(state).items()}
+
+
+def abstract_shapes(settings: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every leaf that MaxText's model has."""
+    _, model = model_creation_utils.create_nnx_abstract_model(settings)
+    return {path: tuple(value.shape) for path, value in _flat(_weights(model)).items()}
+
+
+def read_disk(items: Path) -> Tree:
+    """Returns the arrays of a checkpoint as they are on disk, in their own dtypes, without MaxText."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(items)["params"]["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(key.key) for key in path): np.asarray(value) for path, value in leaves}
+
+
+def read_for_pretraining(settings: Any) -> Tree:
+    """Returns the arrays as MaxText's trainer loads them."""
+    _, model = model_creation_utils.create_nnx_abstract_model(settings)
+    state = checkpointing.load_params_from_path(
+        settings.load_parameters_path, _weights(model), settings.checkpoint_storage_concurrent_gb
+    )
+    return _arrays(state)
+
+
+class Model:
+    """A MaxText model with the weights that `from_pretrained` loads, the reader of SFT, RL and decoding.
+
+    Attributes:
+      weights: the loaded arrays by path.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        model, _ = model_creation_utils.from_pretrained(settings)
+        self.weights = _arrays(_weights(model))
+        self._graph, self._state = nnx.split(model)
+        self._forward: Callable[..., jax.Array] = jax.jit(self._call)
+
+    def _call(self, state: nnx.State, ids: jax.Array, positions: jax.Array) -> jax.Array:
+        model = nnx.merge(self._graph, state)
+        segments = jnp.ones_like(ids)
+        return model(ids, positions, segments, enable_dropout=False, model_mode="train")
+
+    def logits(self, ids: np.ndarray, positions: np.ndarray, changes: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the logits, `[batch, tokens, vocab]` in float32, after putting `changes` in place of loaded leaves."""
+        state = nnx.merge_state(self._state)  # a copy: the loaded weights stay as they are
+        flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+        for path, value in changes.items():
+            # The same sharding, or the program would be compiled again.
+            flat[path].set_value(jax.device_put(value, flat[path].get_value().sharding))
+        return np.asarray(self._forward(state, jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32)))
