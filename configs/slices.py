@@ -1,7 +1,7 @@
 """Machines that a conversion can be planned for by name.
 
-Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x, tables of the virtual machines of multi-host slices. In slice names,
-v4 and v5p count TensorCores (two a chip), the others chips.
+Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x, tables of the virtual machines of multi-host slices.
+In slice names, v4 and v5p count TensorCores (two a chip), the others chips.
 """
 
 import re

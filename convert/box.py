@@ -50,7 +50,7 @@ class Box:
 
     def is_contiguous_in(self, shape: Shape) -> bool:
         """Whether the box is one unbroken run of a row-major array of this shape: only its first axis is cut."""
-        return all(start == 0 and stop == size for start, stop, size in list(zip(self.start, self.stop, shape))[1:])
+        return self.start[1:] == (0,) * (len(shape) - 1) and self.stop[1:] == shape[1:]
 
     def tiles(self, tile: Shape) -> Iterator["Box"]:
         """The cells of a grid of `tile`-sized cells, anchored at the origin, that overlap the box, cropped to it."""
@@ -60,8 +60,8 @@ class Box:
         ]
         for corner in itertools.product(*ranges):
             yield Box(
-                tuple(max(low, start) for low, start in zip(corner, self.start)),
-                tuple(min(low + step, stop) for low, step, stop in zip(corner, tile, self.stop)),
+                tuple(max(low, start) for low, start in zip(corner, self.start, strict=True)),
+                tuple(min(low + step, stop) for low, step, stop in zip(corner, tile, self.stop, strict=True)),
             )
 
 

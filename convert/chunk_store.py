@@ -1,12 +1,12 @@
 """Stores chunks of arrays: zarr3 arrays in OCDBT databases, through TensorStore.
 
-Each process of each run writes its own OCDBT database, `ocdbt.process_<id>`, below the checkpoint's directory; Orbax merges
-them when all are done. One transaction writes all chunks of a wave: either all of them are there after a crash, or none.
-The keys in the databases are the only record of progress, so it can never disagree with the data.
+Each process of each run writes its own OCDBT database, `ocdbt.process_<id>`, below the checkpoint's directory; Orbax
+merges them when all are done. One transaction writes all chunks of a wave: either all of them are there after a crash,
+or none. The keys in the databases are the only record of progress, so it can never disagree with the data.
 
-An array is cut into chunks, each a `sharding_indexed` codec of inner chunks, each of those compressed with zstd level 1 and
-protected by a crc32c. Level 1 compresses dequantized weights within 2 % of Orbax's level 3 for a fifth of its time, and without
-the crc a flipped bit would be read without an error.
+An array is cut into chunks, each a `sharding_indexed` codec of inner chunks, each of those compressed with zstd level 1
+and protected by a crc32c. Level 1 compresses dequantized weights within 2 % of Orbax's level 3 for a fifth of its time,
+and without the crc a flipped bit would be read without an error.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from slicecast.convert.box import Box, Shape
 
 PROCESS_PREFIX = "ocdbt.process_"
 
-# Nodes of the B-tree up to this size. A commit rewrites the nodes that it touches, so they should be small beside the wave that
-# is committed; a Kimi-K2 checkpoint of 300,000 keys then has a few hundred.
+# Nodes of the B-tree up to this size. A commit rewrites the nodes that it touches, so they should be small beside the
+# wave that is committed; a Kimi-K2 checkpoint of 300,000 keys then has a few hundred.
 _MAX_NODE_BYTES = 1 << 20
 
 # Array metadata, which is smaller, lies in the tree; chunks, which are larger, lie in data files.
@@ -100,7 +100,7 @@ class Block:
 
     array: ArraySpec
     box: Box
-    values: np.ndarray  # type: ignore[type-arg]
+    values: np.ndarray
 
 
 class ChunkWriter:
@@ -162,7 +162,9 @@ class ChunkWriter:
                 offset = tuple(a - b for a, b in zip(chunk.start, block.box.start, strict=True))
                 inside = Box(offset, tuple(o + n for o, n in zip(offset, chunk.shape, strict=True)))
                 # The values outlive the transaction, so TensorStore need not copy them.
-                write = store[chunk.slices].write(block.values[inside.slices], can_reference_source_data_indefinitely=True)
+                write = store[chunk.slices].write(
+                    block.values[inside.slices], can_reference_source_data_indefinitely=True
+                )
                 writes.append(write)
         await asyncio.gather(*writes)
         await transaction.commit_async()

@@ -1,19 +1,20 @@
 """The command line.
 
-Flags carry MaxText's names, and MaxText's `key=value` spelling works too, so that a user of its converter swaps the program and keeps
-the rest of the command.
+Flags carry MaxText's names, and MaxText's `key=value` spelling works too, so that a user of its converter swaps the
+program and keeps the rest of the command.
 """
 
 import argparse
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -54,7 +55,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: If a word or a value is not understood.
     """
-    return _parser().parse_args(list(_as_flags(arguments)))
+    parser, commands = _parser()
+    parsed, unknown = parser.parse_known_args(_as_flags(arguments))  # type: ignore[no-untyped-call]
+    if unknown:
+        known = re.findall(r"--(\w+)", commands[parsed.command].format_help())
+        raise UsageError("; ".join(_unknown(word, known, parsed.command) for word in unknown))
+    result: argparse.Namespace = parsed
+    return result
+
+
+def _unknown(word: str, known: Sequence[str], command: str) -> str:
+    close = difflib.get_close_matches(word.lstrip("-").partition("=")[0], known, n=1)
+    hint = f"; did you mean --{close[0]}?" if close else f"; see slicecast {command} --help"
+    return f"'{word}' is not understood{hint}"
 
 
 def run() -> None:
@@ -92,8 +105,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     summary = commands.convert(settings, console, describe=lambda plan: describe.show(plan, console))
     if jax.process_index() == 0:
         console.print(
-            f"done in {summary.seconds:.1f} s: {summary.waves - summary.resumed} waves written, {summary.resumed} had been "
-            f"written before; read {summary.in_bytes / 1e9:.2f} GB in {summary.requests} requests; peak memory "
+            f"done in {summary.seconds:.1f} s: {summary.waves - summary.resumed} waves written, {summary.resumed} "
+            f"had been written before; read {summary.in_bytes / 1e9:.2f} GB in {summary.requests} requests; peak memory "
             f"{summary.peak_bytes / 1e9:.2f} GB",
             highlight=False,
             soft_wrap=True,
@@ -145,7 +158,7 @@ def _start_jax(arguments: argparse.Namespace) -> None:
 
 
 def _as_flags(arguments: Sequence[str]) -> list[str]:
-    """Turns MaxText's `key=value` words into flags, and drops the words that change nothing, with a line that says so."""
+    """Turns MaxText's `key=value` words into flags; drops the words that change nothing, with a line that says so."""
     words = []
     skip_value = False
     for position, word in enumerate(arguments):
@@ -178,33 +191,19 @@ def _exit(error: SlicecastError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-class _Parser(argparse_flags.ArgumentParser):  # type: ignore[misc]
+class _Parser(argparse_flags.ArgumentParser):
     """A parser that reports mistakes as `UsageError`, with a suggestion."""
 
-    def __init__(self, **kwargs: object):
+    def __init__(self, **kwargs: Any):
         # Only our own flags: those that libraries define for themselves would drown them in the help.
-        super().__init__(inherited_absl_flags=None, allow_abbrev=False, **kwargs)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            raise UsageError("; ".join(self._unknown(word, parsed.command) for word in unknown))
-        result: argparse.Namespace = parsed
-        return result
+        super().__init__(inherited_absl_flags=None, allow_abbrev=False, **kwargs)  # type: ignore[no-untyped-call]
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. See {self.prog} --help.")
 
-    def _unknown(self, word: str, command: str) -> str:
-        name = word.lstrip("-").partition("=")[0]
-        actions = self._subparsers._group_actions[0].choices[command]._actions  # noqa: SLF001
-        known = [option.lstrip("-") for action in actions for option in action.option_strings]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean --{close[0]}?" if close else f"; see slicecast {command} --help"
-        return f"'{word}' is not understood{hint}"
 
-
-def _parser() -> _Parser:
+def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the subcommands by name."""
     parser = _Parser(prog="slicecast", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"slicecast {metadata.version('slicecast')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -214,13 +213,19 @@ def _parser() -> _Parser:
     convert.add_argument("--base_output_directory", metavar="DIR", required=True, help="the result goes to DIR/0/items")
     _add_memory_flags(convert)
     _add_device_flags(convert)
-    convert.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens; found by JAX on TPUs")
-    convert.add_argument("--num_processes", metavar="N", type=int, help="how many processes convert; found by JAX on TPUs")
+    convert.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="where process 0 listens; found by JAX on TPUs"
+    )
+    convert.add_argument(
+        "--num_processes", metavar="N", type=int, help="how many processes convert; found by JAX on TPUs"
+    )
     convert.add_argument("--process_id", metavar="I", type=int, help="which of them this is; found by JAX on TPUs")
 
     plan = _command(commands, "plan", "show what convert would do; reads headers only, writes nothing")
     _add_model_flags(plan)
-    plan.add_argument("--base_output_directory", metavar="DIR", help="accepted so that a convert command can be planned")
+    plan.add_argument(
+        "--base_output_directory", metavar="DIR", help="accepted so that a convert command can be planned"
+    )
     _add_memory_flags(plan)
     _add_device_flags(plan)
     plan.add_argument("--slice", metavar="NAME", help="plan for a TPU slice, for example v5e-16")
@@ -231,10 +236,10 @@ def _parser() -> _Parser:
     verify.add_argument("output", metavar="OUT", help="the --base_output_directory of the conversion")
     verify.add_argument("--hf_model_path", metavar="DIR", required=True, help="the Hugging Face checkpoint")
     verify.add_argument("--host_memory_gb", metavar="GB", type=_positive, help="memory to use, in GB")
-    return parser
+    return parser, {"convert": convert, "plan": plan, "verify": verify}
 
 
-def _command(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,

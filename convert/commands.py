@@ -24,7 +24,8 @@ from slicecast.convert.progress import ProgressDisplay, peak_resident_bytes
 from slicecast.convert.settings import Settings
 from slicecast.convert.source.checkpoint import open_checkpoint
 
-# The part of free memory that is used where the user gives no budget; the rest is for the program itself and for others.
+# The part of free memory that is used where the user gives no budget; the rest is for the program itself and for
+# others.
 _DEFAULT_SHARE = 0.75
 
 # Boxes compared at once by `verify`; NumPy lets go of the interpreter for most of the work.
@@ -174,9 +175,9 @@ def _check_output(output: Path, made: Plan) -> None:
     begun = _own_metadata(unfinished).get("plan")
     if begun is not None and begun != made.digest:
         raise OutputError(
-            f"{unfinished}: an unfinished checkpoint with another plan is there (another source, other flags, or another "
-            f"version of slicecast; its plan is {str(begun)[:12]}, this one is {made.digest[:12]}). Run the command that "
-            "began it, give another --base_output_directory, or remove it."
+            f"{unfinished}: an unfinished checkpoint with another plan is there (another source, other flags, or "
+            f"another version of slicecast; its plan is {str(begun)[:12]}, this one is {made.digest[:12]}). Run the "
+            "command that began it, give another --base_output_directory, or remove it."
         )
 
 
@@ -206,7 +207,9 @@ def settings_of(output: Path, hf_model_path: str) -> Settings:
     )
 
 
-def verify_checkpoint(output: Path, hf_model_path: str, host_memory_gb: float | None, console: Console) -> Sequence[str]:
+def verify_checkpoint(
+    output: Path, hf_model_path: str, host_memory_gb: float | None, console: Console
+) -> Sequence[str]:
     """Compares a finished checkpoint with its source.
 
     Returns:

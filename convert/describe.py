@@ -69,15 +69,25 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "source", f"{facts['files']} files, {facts['tensors']} tensors; {plan.quantization}"
     yield "formats", ", ".join(f"{count} x {name}" for name, count in facts["formats"].items())
     yield "read", f"{_size(plan.in_bytes)}, by ranges, each byte by one host"
-    yield "write", (
-        f"{_size(plan.out_bytes)} before compression: {len(plan.leaves)} leaves, {facts['chunks']} chunks, "
-        f"layers {'scanned' if plan.layout.scan_layers else 'unscanned'}"
+    yield (
+        "write",
+        (
+            f"{_size(plan.out_bytes)} before compression: {len(plan.leaves)} leaves, {facts['chunks']} chunks, "
+            f"layers {'scanned' if plan.layout.scan_layers else 'unscanned'}"
+        ),
     )
     yield "hosts", f"{machine.hosts} with {devices} each; {_range(per_host, _size)} of output a host"
-    yield "work", (
-        f"{facts['boxes']} boxes in {_range(facts['waves_per_host'], str)} waves a host, {plan.waves_in_flight} in flight"
+    yield (
+        "work",
+        (
+            f"{facts['boxes']} boxes in {_range(facts['waves_per_host'], str)} waves a host, "
+            f"up to {plan.waves_in_flight} in flight"
+        ),
     )
-    yield "host memory", f"{_size(plan.host_bytes_in_flight)} in flight at most; the budget is {_size(machine.host_bytes)}"
+    yield (
+        "host memory",
+        f"{_size(plan.host_bytes_in_flight)} in flight at most; the budget is {_size(machine.host_bytes)}",
+    )
     yield "chip memory", _chip_memory(plan)
     yield "plan", plan.digest[:12]
 
@@ -91,8 +101,8 @@ def _chip_memory(plan: Plan) -> str:
 def _leaf(planned: PlannedLeaf) -> str:
     leaf, tiling = planned.leaf, planned.tiling
     return (
-        f"{_size(planned.nbytes):>9}  {leaf.dtype}{list(leaf.shape)}, chunks {list(tiling.chunk)} of {list(tiling.inner)}  "
-        f"{leaf.path}"
+        f"{_size(planned.nbytes):>9}  {leaf.dtype}{list(leaf.shape)}, chunks {list(tiling.chunk)} of "
+        f"{list(tiling.inner)}  {leaf.path}"
     )
 
 

@@ -1,8 +1,8 @@
 """The device step: stored bytes in, values in MaxText's layout out, on all chips of this host.
 
-One program is compiled for each signature (codec, ops, shapes) and used for every box that has it. A batch of tensors is spread
-over a mesh of this process's chips, first over the batch and then over the rows of each tensor, so that every chip works on the same
-amount and nothing crosses between chips.
+One program is compiled for each signature (codec, ops, shapes) and used for every box that has it. A batch of tensors
+is spread over a mesh of this process's chips, first over the batch and then over the rows of each tensor, so that every
+chip works on the same amount and nothing crosses between chips.
 """
 
 import functools
@@ -61,7 +61,7 @@ class DeviceRunner:
         self.devices = tuple(devices)
         self._slots = threading.BoundedSemaphore(slots)
 
-    def run(self, step: Step, parts: Sequence[np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+    def run(self, step: Step, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The values `[batch, *step.element]` from the stored parts `[batch, rows, ...]`."""
         over_batch, over_rows = chips_used(len(parts[0]), step.rows, len(self.devices))
         mesh = Mesh(np.array(self.devices[: over_batch * over_rows]).reshape(over_batch, over_rows), (_BATCH, _ROWS))

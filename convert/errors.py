@@ -92,7 +92,7 @@ class VerificationError(SlicecastError):
     """The checkpoint's values, shapes or dtypes differ from what the source gives."""
 
 
-class PlanErrors(SlicecastError):
+class PlanErrors(SlicecastError):  # noqa: N818  It holds several errors.
     """All errors that planning found, each on its own."""
 
     def __init__(self, errors: Sequence[SlicecastError]):

@@ -17,8 +17,8 @@ _NO_CLUSTER = "coordinator_address should be defined"
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Joins the other processes; to be called before JAX is used in any other way.
 
-    On TPU slices, GKE and Slurm, JAX finds the others by itself. Elsewhere all three arguments say where they are; without
-    them the process is alone.
+    On TPU slices, GKE and Slurm, JAX finds the others by itself. Elsewhere all three arguments say where they are;
+    without them the process is alone.
 
     Raises:
         UsageError: If only some of the arguments are given.
@@ -29,7 +29,7 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     if all(given):
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
         return
-    if jax.config.jax_platforms == "cpu":
+    if jax.config.values["jax_platforms"] == "cpu":
         return
     try:
         jax.distributed.initialize()

@@ -8,13 +8,15 @@ from slicecast.convert.box import Shape
 
 GB = 10**9
 
-# Waves in flight at most: one being read, one on the chips, one being compressed, and one waiting, so that no stage starves.
+# Waves in flight at most: one being read, one on the chips, one being compressed, and one waiting, so that no stage
+# starves.
 MAX_WAVES_IN_FLIGHT = 4
 
 # Larger boxes gain nothing: their reads are long already and their chunks keep every core compressing.
 MAX_BOX_BYTES = 512 << 20
 
-# A box takes at most this part of the host's budget, so that several waves fit (see `Costs.host_bytes` for the factors).
+# A box takes at most this part of the host's budget, so that several waves fit (see `Costs.host_bytes` for the
+# factors).
 BOX_SHARE_OF_BUDGET = 16
 
 # Programs on the chips at once: one computing while the next one's bytes go in and the last one's come out.

@@ -1,14 +1,15 @@
 """Orbax: the only module that knows it.
 
-Writing is one `AsyncCheckpointer.save` of a tree whose leaves do not exist: a `TypeHandler` of our own receives them, and its
-commit future runs the conversion, which writes chunks to storage itself (`chunk_store.py`). Orbax contributes what makes the result
-an ordinary checkpoint: the directory layout, the tree metadata, the barriers between hosts, the merge of the per-process
-databases, and the commit.
+Writing is one `AsyncCheckpointer.save` of a tree whose leaves do not exist: a `TypeHandler` of our own receives them,
+and its commit future runs the conversion, which writes chunks to storage itself (`chunk_store.py`). Orbax contributes
+what makes the result an ordinary checkpoint: the directory layout, the tree metadata, the barriers between hosts, the
+merge of the per-process databases, and the commit.
 
     <output>/0.orbax-checkpoint-tmp/    while it is written: nothing that a loader would open
     <output>/0/items/                   after the commit
 
-A killed run leaves the first of these. The next run continues in it (`_Resumable`), where Orbax by itself would delete it.
+A killed run leaves the first of these. The next run continues in it (`_Resumable`), where Orbax by itself would delete
+it.
 
 Reading goes through Orbax too, with a handler that opens each array in place of reading it whole.
 """
@@ -34,8 +35,8 @@ from slicecast.convert.errors import IncompleteError, OutputError
 STEP = "0"
 ITEM = "items"
 
-# Orbax limits a whole save, with the conversion in it, to 20 minutes by default. A week is longer than any conversion, and only
-# there so that a hang ends.
+# Orbax limits a whole save, with the conversion in it, to 20 minutes by default. A week is longer than any conversion,
+# and only there so that a hang ends.
 _TIMEOUT_SECONDS = 7 * 24 * 3600
 
 _METADATA_FILE = "_CHECKPOINT_METADATA"
@@ -55,7 +56,7 @@ class _StreamedLeaf:
         return self.array.shape
 
     @property
-    def dtype(self) -> np.dtype:  # type: ignore[type-arg]
+    def dtype(self) -> np.dtype:
         return np.dtype(self.array.dtype)
 
 
@@ -85,7 +86,9 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
             await info.await_path_creation()
         names = [info.name for info in infos]
         if names != [value.array.name for value in values]:
-            raise OutputError(f"Orbax names the leaves {names[:3]}..., which is not what slicecast expects; use another version.")
+            raise OutputError(
+                f"Orbax names the leaves {names[:3]}..., which is not what slicecast expects; use another version."
+            )
         directory = Path(infos[0].parent_dir)
         arrays = [value.array for value in values]
         process = jax.process_index()
@@ -121,8 +124,8 @@ def _checked(arrays: Sequence[ArraySpec]) -> type[_Resumable]:
                 missing = await asyncio.to_thread(missing_keys, Path(self.get()), arrays)
                 if missing:
                     raise IncompleteError(
-                        f"{self.get()}: {len(missing)} chunks are missing, among them {missing[:3]}; the checkpoint was "
-                        "not committed. Run the same command again: it writes what is missing."
+                        f"{self.get()}: {len(missing)} chunks are missing, among them {missing[:3]}; the checkpoint "
+                        "was not committed. Run the same command again: it writes what is missing."
                     )
             await super().finalize()
 
@@ -166,7 +169,7 @@ def read_custom_metadata(step: Path) -> Mapping[str, Any]:
 
 
 def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom_metadata: Mapping[str, Any]) -> None:
-    """Writes a checkpoint to `<output>/0/items`, or goes on with one that an earlier run began; called by all processes.
+    """Writes a checkpoint to `<output>/0/items`, or goes on with an unfinished one; called by all processes.
 
     Args:
         output: A local directory, the same on all processes.
@@ -178,8 +181,8 @@ def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom
         IncompleteError: If chunks are missing at the end.
     """
     processes = ocp.options.MultiprocessingOptions(
-        # Named processes make Orbax's barriers use the coordination service. Without, they are device collectives, which
-        # could mix with the conversion's own programs on the chips.
+        # Named processes make Orbax's barriers use the coordination service. Without, they are device collectives,
+        # which could mix with the conversion's own programs on the chips.
         active_processes=set(range(jax.process_count()))
     )
     temporary_path_class = _checked(list(arrays.values()))

@@ -1,10 +1,11 @@
 """Runs this process's part of a plan: reads spans, computes boxes on the devices, hands blocks of chunks to the writer.
 
-A few workers each take the next wave and carry it through all stages: read, compute, write, commit. While one waits for storage
-another computes and a third compresses, so the stages overlap without queues between them; and since a wave's bytes are gone before
-its worker takes another, bytes in flight never exceed `plan.waves_in_flight` waves.
+A few workers each take the next wave and carry it through all stages: read, compute, write, commit. While one waits for
+storage another computes and a third compresses, so the stages overlap without queues between them. A wave begins only
+when its bytes fit the budget beside those in flight, so the budget bounds them whatever the sizes of the waves.
 """
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,26 @@ def array_spec(planned: PlannedLeaf) -> ArraySpec:
     return ArraySpec(leaf.name, leaf.shape, leaf.dtype, tiling.chunk, tiling.inner)
 
 
+class _MemoryGate:
+    """Lets work in as long as the bytes of all work inside stay within a budget."""
+
+    def __init__(self, budget_bytes: int):
+        self._free = budget_bytes
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def admit(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += nbytes
+                self._changed.notify_all()
+
+
 class Pipeline:
     """One process's part of a plan.
 
@@ -43,11 +64,12 @@ class Pipeline:
         self._waves = plan.waves[process]
         self._runner = DeviceRunner(devices, plan.device_slots)
         self._report = report
+        self._gate = _MemoryGate(plan.machine.host_bytes)
         self._stop = threading.Event()
         self.reader = Reader(plan.checkpoint.path)
 
     def run(self, writer: ChunkWriter) -> None:
-        """Carries out the plan; returns when all chunks are durable. The first error stops all workers and is raised."""
+        """Carries out the plan; returns when all chunks are durable. The first error stops all and is raised."""
         waves = iter(self._waves)
         lock = threading.Lock()
         workers = self._plan.waves_in_flight
@@ -65,13 +87,15 @@ class Pipeline:
 
     def _work(self, waves: Iterator[Wave], lock: threading.Lock, writer: ChunkWriter) -> None:
         while not self._stop.is_set():
-            with lock:
-                wave = next(waves, None)
-            if wave is None:
-                return
-            todo = [work for work in wave.boxes if writer.missing(array_spec(work.leaf), work.box)]
-            if todo:
-                writer.write([self._convert(work) for work in todo])
+            with contextlib.ExitStack() as inside:
+                with lock:  # Held while waiting for memory too: waves begin in order, so a large one is not overtaken.
+                    wave = next(waves, None)
+                    if wave is None:
+                        return
+                    todo = [work for work in wave.boxes if writer.missing(array_spec(work.leaf), work.box)]
+                    inside.enter_context(self._gate.admit(Wave(tuple(todo)).host_bytes(self._plan.machine)))
+                if todo:
+                    writer.write([self._convert(work) for work in todo])
             self._report(wave, not todo)
 
     def _convert(self, work: WorkBox) -> Block:
@@ -95,9 +119,9 @@ class Pipeline:
         self,
         planned: PlannedLeaf,
         tensors: Sequence[StoredTensor],
-        parts: Sequence[Sequence[np.ndarray]],  # type: ignore[type-arg]
+        parts: Sequence[Sequence[np.ndarray]],
         element: Box,
-    ) -> np.ndarray:  # type: ignore[type-arg]
+    ) -> np.ndarray:
         """The values of all tensors, `[tensors, *element]`."""
         if planned.is_copy(tensors):
             return _stack([part for (part,) in parts])
@@ -121,10 +145,10 @@ class Pipeline:
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
-def _dtypes(parts: Sequence[np.ndarray]) -> tuple[np.dtype, ...]:  # type: ignore[type-arg]
+def _dtypes(parts: Sequence[np.ndarray]) -> tuple[np.dtype, ...]:
     return tuple(part.dtype for part in parts)
 
 
-def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The arrays along a new first axis, without a copy if there is only one."""
     return arrays[0][np.newaxis] if len(arrays) == 1 else np.stack(arrays)

@@ -4,12 +4,12 @@
     box      a set of whole chunks of one leaf, whose source is whole rows of some tensors: the unit of work
     wave     boxes that one process converts and commits together: the unit of memory and of progress
 
-Boxes are formed from the leaves and the memory budget alone; then they are put in the order of the source files and dealt to the
-processes in runs of about equal bytes. So each source byte is read by one process, each chunk is written by one process, and
-processes never wait for each other.
+Boxes are formed from the leaves and the memory budget alone; then they are put in the order of the source files and
+dealt to the processes in runs of about equal bytes. So each source byte is read by one process, each chunk is written
+by one process, and processes never wait for each other.
 
-The digest identifies what is written: the source, the rules, the leaves and their chunks. It does not depend on budgets or on the
-number of processes, so an interrupted run can be resumed on other machines.
+The digest identifies what is written: the source, the rules, the leaves and their chunks. It does not depend on budgets
+or on the number of processes, so an interrupted run can be resumed on other machines.
 """
 
 import hashlib
@@ -135,7 +135,7 @@ class Plan:
         ignored: What is left out.
         machine: The machines and their budgets.
         waves: For each process, its work in order.
-        waves_in_flight: How many waves a process works on at once.
+        waves_in_flight: How many waves a process works on at once, as far as its budget allows.
         device_slots: How many boxes are on a host's chips at once.
         digest: Identifies what is written, in hexadecimal.
     """
@@ -170,8 +170,12 @@ class Plan:
     @property
     def host_bytes_in_flight(self) -> int:
         """The most bytes that any host holds at once, beyond what the program itself takes."""
-        largest = max((wave.host_bytes(self.machine) for waves in self.waves for wave in waves), default=0)
-        return self.waves_in_flight * largest
+        most = 0
+        for waves in self.waves:
+            costs = [wave.host_bytes(self.machine) for wave in waves]
+            most = max([most] + [sum(costs[i : i + self.waves_in_flight]) for i in range(len(costs))])
+        # Waves are begun in order, each only when it fits the budget beside those in flight.
+        return min(most, self.machine.host_bytes)
 
     @property
     def device_bytes_in_flight(self) -> int:
@@ -201,6 +205,7 @@ def make(
     boxes = [work for leaf in leaves for work in _boxes(leaf, box_bytes)]
     boxes.sort(key=_source_position)
     waves = tuple(tuple(_waves(share, box_bytes)) for share in _shares(boxes, machine.hosts))
+    _check_host_budget([wave for share in waves for wave in share], machine)
     return Plan(
         checkpoint=checkpoint,
         model=model,
@@ -210,7 +215,7 @@ def make(
         ignored=tuple(ignored),
         machine=machine,
         waves=waves,
-        waves_in_flight=_waves_in_flight([wave for share in waves for wave in share], machine),
+        waves_in_flight=MAX_WAVES_IN_FLIGHT,
         device_slots=_device_slots(boxes, machine),
         digest=_digest(checkpoint, leaves),
     )
@@ -273,7 +278,7 @@ def _waves(boxes: Sequence[WorkBox], wave_bytes: int) -> Iterator[Wave]:
         yield Wave(tuple(wave))
 
 
-def _waves_in_flight(waves: Sequence[Wave], machine: Machine) -> int:
+def _check_host_budget(waves: Sequence[Wave], machine: Machine) -> None:
     largest = max(waves, key=lambda wave: wave.host_bytes(machine))
     needed = largest.host_bytes(machine)
     if needed > machine.host_bytes:
@@ -283,7 +288,6 @@ def _waves_in_flight(waves: Sequence[Wave], machine: Machine) -> int:
             f"{needed / GB:.2f} GB of host memory; the budget is {machine.host_bytes / GB:.2f} GB. "
             f"Give --host_memory_gb={_round_up(needed / GB)} or more."
         )
-    return min(MAX_WAVES_IN_FLIGHT, machine.host_bytes // max(needed, 1))
 
 
 def _device_slots(boxes: Sequence[WorkBox], machine: Machine) -> int:

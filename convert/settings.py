@@ -14,8 +14,9 @@ class Settings:
         param_scan_axis: The position of the layer axis.
         save_dtype: `bfloat16` or `float32`.
         model_name: MaxText's name of the model, or None.
-        override_model_config: Whether the model's sizes may differ from those that MaxText has for `model_name`.
-        host_memory_gb: The budget for bytes in flight on each host, in GB (10**9 bytes); None for three quarters of what is free.
+        override_model_config: Whether the sizes may differ from those that MaxText has for `model_name`.
+        host_memory_gb: The budget for bytes in flight on each host, in GB (10**9 bytes); None for three quarters of
+            what is free.
         device_memory_gb: The budget of each chip in GB; None for three quarters of what it has.
         slice: The TPU slice to plan for, such as `v5e-16`; None for this machine.
         hosts: How many hosts to plan for; None for those that there are.

@@ -1,12 +1,13 @@
 """Chooses how a leaf is cut: into chunks for storage, and along which axis the source can be read in pieces.
 
-A leaf is stored as a grid of chunks; each is written whole, by one process, and is again a grid of inner chunks, the unit
-in which a trainer reads. Two things pull at the shape of a chunk:
+A leaf is stored as a grid of chunks; each is written whole, by one process, and is again a grid of inner chunks, the
+unit in which a trainer reads. Two things pull at the shape of a chunk:
 
-* The reader. MaxText's fsdp axis cuts leaves along their `embed` axis and its expert axis along the experts, so a chunk should
-  be a small part of both; the layers are read one at a time.
-* The source. A Hugging Face weight is one run of bytes, `[out, in]` row-major. A part of its rows is one run too; a part of its
-  columns is thousands of short ones. So we read whole rows, and all chunks that share rows are produced together.
+* The reader. MaxText's fsdp axis cuts leaves along their `embed` axis and its expert axis along the experts, so a chunk
+  should be a small part of both; the layers are read one at a time.
+* The source. A Hugging Face weight is one run of bytes, `[out, in]` row-major. A part of its rows is one run too; a
+  part of its columns is thousands of short ones. So we read whole rows, and all chunks that share rows are produced
+  together.
 
 The second bounds memory: all chunks over the same rows must fit in it at once (`COLUMN_BYTES`).
 """
@@ -19,8 +20,8 @@ from slicecast.convert.box import Box, Shape
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.target import Leaf
 
-# All chunks that share source rows hold at most this much. It is what the smallest memory budget must fit a few times over,
-# and large enough that one read of its source is long. Four Kimi-K2 experts are 112 MiB.
+# All chunks that share source rows hold at most this much. It is what the smallest memory budget must fit a few times
+# over, and large enough that one read of its source is long. Four Kimi-K2 experts are 112 MiB.
 COLUMN_BYTES = 128 << 20
 
 # The embed axis is cut into this many chunks: fsdp up to 16 then reads whole chunks.
@@ -35,8 +36,8 @@ EXPERT_CHUNKS = 16
 # Chunks below this are not worth a key and a compressed frame of their own.
 MIN_CHUNK_BYTES = 1 << 20
 
-# Chunks above this keep one thread compressing while others wait, and inner chunks above theirs make a reader of one row fetch
-# much that it throws away. Orbax's guide asks for 10 MB or so where the reader is not known.
+# Chunks above this keep one thread compressing while others wait, and inner chunks above theirs make a reader of one
+# row fetch much that it throws away. Orbax's guide asks for 10 MB or so where the reader is not known.
 MAX_CHUNK_BYTES = 32 << 20
 MAX_INNER_BYTES = 8 << 20
 
@@ -52,8 +53,8 @@ class Tiling:
         chunk: The shape of a stored chunk: the unit of writing.
         inner: The shape of an inner chunk: the unit of compression and of reading. Divides `chunk`.
         row_axis: The axis of the leaf that follows the rows of the source; None if the source must be read whole.
-        column: The shape of all chunks that share source rows: the unit of reading the source. A multiple of `chunk`, or
-            the leaf's whole axis.
+        column: The shape of all chunks that share source rows: the unit of reading the source. On each axis a multiple
+            of `chunk`, or the whole leaf.
     """
 
     chunk: Shape

@@ -1,11 +1,12 @@
 """Compares a checkpoint with its source, value by value, on a path of its own.
 
-The expected values are recomputed with NumPy alone: no code of the codecs, ops, kernels or the reader is used, only the rules and the
-index. In particular, which rows of a source tensor belong to a region of a leaf is found by sending row numbers through the rule's
-ops, not by the planner's arithmetic.
+The expected values are recomputed with NumPy alone: no code of the codecs, ops, kernels or the reader is used, only the
+rules and the index. In particular, which rows of a source tensor belong to a region of a leaf is found by sending row
+numbers through the rule's ops, not by the planner's arithmetic.
 
-Values are compared bit for bit, with two exceptions that floating point units leave open: two NaNs are equal whatever their
-payload, and where values were computed (not only moved), a result below 2**-126 may have become a zero of the same sign.
+Values are compared bit for bit, with two exceptions that floating point units leave open: two NaNs are equal whatever
+their payload, and where values were computed (not only moved), a result below 2**-126 may have become a zero of the
+same sign.
 """
 
 import math
@@ -24,9 +25,10 @@ from slicecast.convert.codecs.pack_quantized import PackQuantizedInt4
 from slicecast.convert.mapping.ops import DeinterleaveHalves, InterleaveHalves, Merge, Op, Scale, Split, Transpose
 from slicecast.convert.plan import Plan, PlannedLeaf, WorkBox
 
-Array = np.ndarray  # type: ignore[type-arg]
+Array = np.ndarray
 
-# The smallest normal float32 and bfloat16: 2**-126. Products below it are subnormal, and XLA on CPU and TPU make them zero.
+# The smallest normal float32 and bfloat16: 2**-126. Products below it are subnormal, and XLA on CPU and TPU make them
+# zero.
 _SMALLEST_NORMAL = 2.0**-126
 
 
@@ -85,7 +87,9 @@ def compare_values(
         for _ in pool.map(check, plan.boxes):
             pass
     return [
-        Difference(path, f"{sum(count for count, _ in found)} values differ; {found[0][1]}" if found[0][0] else found[0][1])
+        Difference(
+            path, f"{sum(count for count, _ in found)} values differ; {found[0][1]}" if found[0][0] else found[0][1]
+        )
         for path, found in sorted(wrong.items())
     ]
 
@@ -113,7 +117,8 @@ def _computes(work: WorkBox) -> bool:
     """Whether the values of a box were computed or converted, not only moved."""
     leaf = work.leaf.leaf
     return any(isinstance(op, Scale) for op in leaf.rule.ops) or any(
-        tensor.codec.changes_values or tensor.parts[0].dtype.name != leaf.dtype for tensor in work.leaf.tensors(work.box)
+        tensor.codec.changes_values or tensor.parts[0].dtype.name != leaf.dtype
+        for tensor in work.leaf.tensors(work.box)
     )
 
 
@@ -195,4 +200,3 @@ def _read(directory: str, part: Part, start: int, stop: int) -> Array:
     path = os.path.join(directory, part.tensor.file)
     data = np.fromfile(path, part.dtype, count, offset=part.tensor.offset + start * row)
     return data.reshape(shape)
-

@@ -372,12 +372,11 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize(("storage", "transient"), [("local", 0), ("store", 4 * 2 * MAX_REQUEST_BYTES)])
-def test_memory_of_a_large_read(tmp_path: Path, storage: str, transient: int) -> None:
-    nbytes = 256 << 20
+@pytest.mark.parametrize(("storage", "nbytes", "limit"), [("local", 128 << 20, 1.05), ("store", 512 << 20, 1.5)])
+def test_memory_of_a_large_read(tmp_path: Path, storage: str, nbytes: int, limit: float) -> None:
     with open(tmp_path / "big", "wb") as file:
         file.truncate(nbytes)
     command = [sys.executable, "-c", MEASURE, str(tmp_path), storage, str(nbytes)]
     growth = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    # A twentieth for the allocator. TensorStore without a bound on its requests takes twice the bytes, or more.
-    assert 0.95 * nbytes < growth < 1.05 * nbytes + transient
+    # TensorStore without a bound on its requests takes twice the bytes or more.
+    assert 0.95 < growth / nbytes < limit

@@ -1,6 +1,7 @@
 """One module per model family: the rules that map Hugging Face tensors to MaxText leaves.
 
-To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, model_name)`, and name it in `_FAMILIES`.
+To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, model_name)`, and name it in
+`_FAMILIES`.
 """
 
 from collections.abc import Mapping

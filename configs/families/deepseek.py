@@ -1,7 +1,8 @@
 """DeepSeek-V2, DeepSeek-V3 and the Kimi K2 models, which share one architecture.
 
-Multi-head latent attention, a few dense layers, then mixture-of-experts layers with shared experts. Kimi K2.5 and K2.6 wrap the
-text model, under the prefix `language_model.`, together with a vision tower that MaxText's model does not have.
+Multi-head latent attention, a few dense layers, then mixture-of-experts layers with shared experts. Kimi K2.5 and K2.6
+wrap the text model, under the prefix `language_model.`, together with a vision tower that MaxText's model does not
+have.
 """
 
 from collections.abc import Iterator
@@ -223,4 +224,6 @@ def _ignores(c: HfConfig, prefix: str, layers: int) -> Iterator[Ignore]:
         )
     if prefix:
         yield Ignore(r"vision_tower\..*", "MaxText's model is text only: the vision tower is left out")
-        yield Ignore(r"(multi_modal_projector|mm_projector)\..*", "MaxText's model is text only: the projector is left out")
+        yield Ignore(
+            r"(multi_modal_projector|mm_projector)\..*", "MaxText's model is text only: the projector is left out"
+        )

@@ -8,8 +8,9 @@ from slicecast.convert.mapping.rules import Ignore, Model, Rule, Stack
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
-# MaxText's models whose rotary embedding rotates neighboring elements; all others rotate halves, as Hugging Face does. MaxText
-# 0.2.5 decides by this prefix, so its llama3.3-70b rotates halves, and without Llama 3's scaling of the frequencies.
+# MaxText's models whose rotary embedding rotates neighboring elements; all others rotate halves, as Hugging Face does.
+# MaxText 0.2.5 decides by this prefix, so its llama3.3-70b rotates halves, and without Llama 3's scaling of the
+# frequencies.
 _INTERLEAVED_MODELS = ("llama3.1",)
 
 
@@ -38,14 +39,17 @@ def _rotates_neighbors(config: HfConfig, model_name: str | None) -> tuple[bool, 
     if model_name is None:
         if scaled:
             return True, "rotary layout of MaxText's llama3.1 models, for config.json has Llama 3.1's rope type"
-        return False, "rotary layout of MaxText's other Llama and Mistral models, for config.json has no special rope type"
+        return (
+            False,
+            "rotary layout of MaxText's other Llama and Mistral models, for config.json has no special rope type",
+        )
     if model_name.startswith(_INTERLEAVED_MODELS):
         return True, f"rotary layout of MaxText's llama3.1 models, for --model_name={model_name}"
     note = f"rotary layout of MaxText's other Llama and Mistral models, for --model_name={model_name}"
     if scaled:
         note += (
-            "; note that MaxText runs this model without the frequency scaling that config.json asks for. Its llama3.1 model"
-            " of the same size has it: convert and load with that name"
+            "; note that MaxText runs this model without the frequency scaling that config.json asks for. "
+            "Its llama3.1 model of the same size has it: convert and load with that name"
         )
     return False, note
 

@@ -1,7 +1,8 @@
 """Snapshots of the abstract parameter trees of MaxText releases: one folder a release, one JSON file a model.
 
-A file holds `scanned` and `unscanned`, each a map from a leaf's path to its shape and the logical names of its axes. Paths begin with
-the leaf's collection. In unscanned trees equal layers are written once, with `{}` for the layer's number and with their count.
+A file holds `scanned` and `unscanned`, each a map from a leaf's path to its shape and the logical names of its axes.
+Paths begin with the leaf's collection. In unscanned trees equal layers are written once, with `{}` for the layer's
+number and with their count.
 """
 
 import functools
@@ -9,14 +10,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from slicecast.convert.errors import TargetError
 from slicecast.convert.mapping.target import ROOT, Layout, Leaf
 
 VERSION = "0.2.5"
 
-# The router's bias is a variable of a collection of its own. On disk it belongs to `params`: the one spelling that both of
-# MaxText's loaders find.
+# The router's bias is a variable of a collection of its own. On disk it belongs to `params`: the one spelling that both
+# of MaxText's loaders find.
 _COLLECTIONS = {"params": ROOT, "MoEBiasVar": ROOT}
 
 # Differences shown; a wrong model name makes all leaves differ.
@@ -53,7 +55,8 @@ def target_leaves(model_name: str, scan_layers: bool) -> tuple[TargetLeaf, ...]:
     if model_name not in model_names():
         raise TargetError(
             f"--model_name={model_name}: there is no snapshot of this model of MaxText {VERSION} to check against. "
-            f"There is: {', '.join(model_names())}. To convert without the check, add --override_model_config."
+            f"There is: {', '.join(model_names())}. To convert without the check, add "
+            "--override_model_config."
         )
     tree = json.loads((_folder() / f"{model_name}.json").read_text())
     return tuple(_expand(tree["scanned" if scan_layers else "unscanned"].items()))
@@ -81,12 +84,13 @@ def check(model_name: str, layout: Layout, leaves: Iterable[Leaf]) -> None:
     if problems:
         shown = "; ".join(sorted(problems)[:_SHOWN])
         raise TargetError(
-            f"--model_name={model_name}: {len(problems)} leaves differ from MaxText {VERSION}'s model: {shown}. Give the "
-            "name of the model that the checkpoint is; if its sizes differ on purpose, add --override_model_config."
+            f"--model_name={model_name}: {len(problems)} leaves differ from MaxText {VERSION}'s model: {shown}. "
+            "Give the name of the model that the checkpoint is; if its sizes differ on purpose, add "
+            "--override_model_config."
         )
 
 
-def _expand(items: Iterable[tuple[str, list]]) -> Iterator[TargetLeaf]:  # type: ignore[type-arg]
+def _expand(items: Iterable[tuple[str, list[Any]]]) -> Iterator[TargetLeaf]:
     for pattern, (shape, axes, *count) in items:
         collection, _, path = pattern.partition("/")
         for layer in range(count[0] if count else 1):

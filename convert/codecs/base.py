@@ -14,7 +14,7 @@ from slicecast.convert.source.reader import Span
 from slicecast.convert.source.safetensors_header import TensorInfo
 
 # Stored dtypes that are numbers by themselves, as (header spelling, NumPy dtype).
-FLOAT_DTYPES: dict[str, np.dtype] = {  # type: ignore[type-arg]
+FLOAT_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
@@ -55,7 +55,7 @@ class Part:
     """
 
     tensor: TensorInfo
-    dtype: np.dtype  # type: ignore[type-arg]
+    dtype: np.dtype
     shape: Shape
 
     @property
@@ -67,7 +67,7 @@ class Part:
         """The byte range of the rows `start` to `stop`."""
         return Span(self.tensor.file, self.tensor.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
 
-    def view(self, data: np.ndarray, start: int, stop: int) -> np.ndarray:  # type: ignore[type-arg]
+    def view(self, data: np.ndarray, start: int, stop: int) -> np.ndarray:
         """The bytes of `span(start, stop)` as an array `[stop - start, ...]`."""
         return data.view(self.dtype).reshape((stop - start, *self.shape[1:]))
 

@@ -53,8 +53,8 @@ def find(
                 f"'{base}.weight_packed') is in no file of the checkpoint. Download the missing file."
             )
         raise MissingTensorError(
-            f"tensor '{name}' with shape {list(shape)} is in no file of the checkpoint. Download the missing file, or use "
-            "the config.json that was published with the weights."
+            f"tensor '{name}' with shape {list(shape)} is in no file of the checkpoint. Download the missing file, or "
+            "use the config.json that was published with the weights."
         )
     if tensor.dtype not in FLOAT_DTYPES:
         announced = f"; config.json announces '{quantization.description}'" if quantization else ""

@@ -2,8 +2,8 @@
 
 Format, as the compressed-tensors library writes it, for a logical weight `[out, in]` called `X.weight`:
 
-* `X.weight_packed` I32 `[out, ceil(in / 8)]`: eight values a word, the first in the lowest four bits, each stored as value
-  plus 8. Read as bytes, byte `b` of a row holds element `2b` in its low and `2b + 1` in its high half.
+* `X.weight_packed` I32 `[out, ceil(in / 8)]`: eight values a word, the first in the lowest four bits, each stored as
+  value plus 8. Read as bytes, byte `b` of a row holds element `2b` in its low and `2b + 1` in its high half.
 * `X.weight_scale` BF16, F16 or F32 `[out, in / group_size]`, or `[out, 1]` for one scale a row.
 * `X.weight_shape` I32 or I64 `[2]`: `[out, in]`, which `config.json` says too.
 
@@ -88,8 +88,8 @@ def stored(
     words = -(-columns // _VALUES_PER_WORD)
     if packed.shape != (rows, words) or packed.dtype != "I32":
         raise ShapeError(
-            f"{where} is {packed.dtype}{list(packed.shape)}, but a weight of {list(shape)} (from config.json) packs into "
-            f"I32[{rows}, {words}]. Use the config.json that was published with the weights."
+            f"{where} is {packed.dtype}{list(packed.shape)}, but a weight of {list(shape)} (from config.json) packs "
+            f"into I32[{rows}, {words}]. Use the config.json that was published with the weights."
         )
     groups = scale.shape[1] if len(scale.shape) == 2 else 0
     if scale.dtype not in FLOAT_DTYPES or scale.shape[:1] != (rows,) or groups == 0 or columns % groups:
@@ -101,8 +101,8 @@ def stored(
     announced = quantization.group_size if quantization else None
     if groups > 1 and announced is not None and announced != group_size:
         raise ShapeError(
-            f"{scale.file}: tensor '{scale.name}' has {groups} scales for {columns} columns, a group size of {group_size}, "
-            f"but the quantization_config says {announced}."
+            f"{scale.file}: tensor '{scale.name}' has {groups} scales for {columns} columns, a group size of "
+            f"{group_size}, but the quantization_config says {announced}."
         )
     padded = words * _VALUES_PER_WORD
     codec = PackQuantizedInt4(columns, padded if groups == 1 else group_size)

@@ -49,8 +49,8 @@ def stored(tensor: TensorInfo, shape: Shape) -> StoredTensor:
     """
     if tensor.shape != shape:
         raise ShapeError(
-            f"{tensor.file}: tensor '{tensor.name}' has shape {list(tensor.shape)}, but config.json gives {list(shape)}. "
-            "Use the config.json that was published with the weights."
+            f"{tensor.file}: tensor '{tensor.name}' has shape {list(tensor.shape)}, but config.json gives "
+            f"{list(shape)}. Use the config.json that was published with the weights."
         )
     dtype = FLOAT_DTYPES[tensor.dtype]
     return StoredTensor(tensor.name, shape, Plain(dtype.name), (Part(tensor, dtype, shape),))

@@ -1,6 +1,7 @@
 """What a checkpoint announces about its quantization.
 
-The announcement only supplies what stored shapes and dtypes cannot; whether a tensor is quantized is decided by what is stored.
+The announcement only supplies what stored shapes and dtypes cannot; whether a tensor is quantized is decided by what is
+stored.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,12 @@ def read(config: Mapping[str, Any]) -> QuantizationConfig | None:
     if layout != "pack-quantized" or not schemes:
         return QuantizationConfig(description, None, refusal=f"'{description}'")
     for scheme in schemes:
-        values = (scheme.get("num_bits"), scheme.get("type", "int"), scheme.get("symmetric", True), scheme.get("actorder"))
+        values = (
+            scheme.get("num_bits"),
+            scheme.get("type", "int"),
+            scheme.get("symmetric", True),
+            scheme.get("actorder"),
+        )
         if values != (4, "int", True, None):
             bits, kind, symmetric, order = values
             detail = f"{bits}-bit {kind}, {'symmetric' if symmetric else 'asymmetric'}, actorder {order}"

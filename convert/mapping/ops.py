@@ -216,7 +216,8 @@ class Scale:
 
     def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
         """The scaled array as float32."""
-        return x.astype(jnp.float32) * jnp.float32(self.factor)
+        scaled: jax.Array = x.astype(jnp.float32) * jnp.float32(self.factor)
+        return scaled
 
     def invert(self, source: Shape) -> "Scale":
         """Division as a multiplication; exact only where the factor is a power of two."""

@@ -12,7 +12,8 @@ from slicecast.convert.mapping.rules import Model
 from slicecast.convert.mapping.target import Layout, Leaf, leaves
 from slicecast.convert.source.checkpoint import Checkpoint
 
-# Errors of one kind after which the rest are counted instead of listed: a missing shard file loses thousands of tensors.
+# Errors of one kind after which the rest are counted instead of listed: a missing shard file loses thousands of
+# tensors.
 _ERRORS_LISTED = 10
 
 

@@ -5,9 +5,9 @@ A rule is written once per kind of tensor, with placeholders for its named axes:
     Rule("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight", (intermediate, hidden),
          "decoder/{moe_layers}/MoeBlock_0/wi_0", (Transpose(),), ("embed_moe", "mlp_moe"), (moe_layers, experts))
 
-`{layer}` and `{expert}` run over the rule's `stacks`. Whether a stack is an axis of the target leaf (scanned) or part of its
-path (unscanned), and at which position the axis stands, belongs to the target layout (`target.py`), not to the rule: one
-table serves both.
+`{layer}` and `{expert}` run over the rule's `stacks`. Whether a stack is an axis of the target leaf (scanned) or part
+of its path (unscanned), and at which position the axis stands, belongs to the target layout (`target.py`), not to the
+rule: one table serves both.
 """
 
 import re
@@ -24,7 +24,8 @@ class Stack:
 
     Attributes:
         placeholder: Its name in source patterns, for example `layer`.
-        axis: MaxText's logical name of the stacked axis, for example `moe_layers`; also its placeholder in target paths.
+        axis: MaxText's logical name of the stacked axis, for example `moe_layers`; also its placeholder in target
+            paths.
         start: The source index of the stack's first tensor.
         size: How many tensors the stack holds.
         always: True if the axis is stacked in unscanned checkpoints too, and leads the leaf (experts).

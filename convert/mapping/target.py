@@ -1,7 +1,7 @@
 """The target tree: MaxText's leaves, their shapes, dtypes and stacked axes, for a scanned or an unscanned checkpoint.
 
-MaxText stacks the layers of a scanned model on axis `param_scan_axis` (1 unless told otherwise) of every leaf of rank above
-one; an unscanned model has one leaf per layer, `layers_0`, `layers_1`, ... Experts are always stacked, on axis 0:
+MaxText stacks the layers of a scanned model on axis `param_scan_axis` (1 unless told otherwise) of every leaf of rank
+above one; an unscanned model has one leaf per layer, `layers_0`, `layers_1`, ... Experts are always stacked, on axis 0:
 `[experts, layers, in, out]` scanned, `[experts, in, out]` unscanned.
 """
 
@@ -9,10 +9,13 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.rules import Rule, Stack
+
+_T = TypeVar("_T")
 
 # MaxText keeps its parameters in the collection `params` of the item's `params`.
 ROOT = "params/params"
@@ -92,7 +95,7 @@ class Leaf:
             indices[stack.placeholder] = stack.start + index
         return self.rule.source.format(**indices)
 
-    def _with_stacked(self, element: Sequence, stacked: Sequence) -> tuple:  # type: ignore[type-arg]
+    def _with_stacked(self, element: Sequence[_T], stacked: Sequence[_T]) -> tuple[_T, ...]:
         values = list(element)
         for (position, _), value in zip(self.stacked, stacked, strict=True):
             values.insert(position, value)

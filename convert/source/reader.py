@@ -8,7 +8,7 @@ Measured with 2 cores and a warm page cache (peak RSS over what was there before
     bytes asked for       64 MiB   256 MiB   512 MiB
     preadv                  1.00      1.00      1.00    3.5-6.5 GiB/s where the memory was touched before
     KvStore                 3.00      2.69      1.84    0.5-1.1 GiB/s
-so that KvStore takes the bytes asked for and up to 4 * MAX_REQUEST_BYTES * CONCURRENCY = 512 MiB for a while.
+so that KvStore takes, for a while and beside the bytes asked for, about 4 * MAX_REQUEST_BYTES * CONCURRENCY = 512 MiB.
 """
 
 import os
@@ -22,6 +22,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
+
 from slicecast.convert.errors import ReadError
 
 Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]

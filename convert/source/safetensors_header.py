@@ -185,17 +185,15 @@ def _load_entries(header: bytes, file: str) -> dict[str, Any]:
     except ValueError as error:
         raise _header_error(file, f"a header that cannot be parsed ({error})", "a JSON object in UTF-8") from None
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(_is_text(text) for pair in metadata.items() for text in pair):
         raise _header_error(file, "a `__metadata__` that is something else", "a map from strings to strings")
     return entries  # type: ignore[no-any-return]  # JSON that starts with a brace is an object.
 
 
 def _parse_entry(name: str, entry: Any, file: str, data_start: int) -> TensorInfo:
     """Checks one tensor's entry on its own."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no file or message can hold it.
-        raise _tensor_error(HeaderError, file, name, "a name that is not Unicode text", "Unicode text") from None
+    if not _is_text(name):
+        raise _tensor_error(HeaderError, file, name, "a name that is not Unicode text", "Unicode text")
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise _tensor_error(HeaderError, file, name, f"the fields {clip(found)}", f"exactly {sorted(_FIELDS)}")
@@ -218,6 +216,17 @@ def _parse_entry(name: str, entry: Any, file: str, data_start: int) -> TensorInf
         found = f"{end - begin} bytes for {dtype} {clip(shape)}"
         raise _tensor_error(OffsetError, file, name, found, expected)
     return TensorInfo(name, file, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _is_text(value: Any) -> bool:
+    """Tells whether `value` is a string of Unicode text. JSON can also spell half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _are_sizes(value: Any) -> bool:

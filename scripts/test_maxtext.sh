@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Checks converted checkpoints with MaxText itself.
+#
+#   scripts/test_maxtext.sh [PYTEST ARGUMENTS]
+#
+# Writes tiny checkpoints with transformers, converts each of them scanned and unscanned, and lets MaxText load them and
+# compute: its tree, its two readers, and its logits against those of transformers. See tests/maxtext.
+#
+# Two environments are needed, because MaxText wants Python 3.12 and no torch, and the sources need torch:
+#   .venv           the test environment, built by scripts/test.sh; another one: SLICECAST_TEST_PYTHON=/path/to/python
+#   .venv-maxtext   built here on first use (about three minutes, 2.2 GB), reused while its requirements stay the same
+#
+# Without Python 3.12 the checks do not run, which is said loudly and is no error, unless SLICECAST_REQUIRE_MAXTEXT=1.
+# PYTHON312=/path/to/python3.12 says where it is. What was written stays in build/maxtext until the next run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+maxtext_version=0.2.5
+environment=.venv-maxtext
+work=build/maxtext
+test_python="${SLICECAST_TEST_PYTHON:-.venv/bin/python}"
+
+runs_python312() {
+  "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1
+}
+
+find_python312() {
+  local candidates=(python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12)
+  if [[ -n "${PYTHON312:-}" ]]; then
+    candidates=("$PYTHON312")
+  fi
+  local candidate
+  for candidate in "${candidates[@]}"; do
+    # A shim of pyenv is on the PATH even where it cannot run.
+    if runs_python312 "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+stage() {
+  echo "== $* (after ${SECONDS} s)"
+}
+
+# The environment is complete once its stamp is there, which therefore comes last.
+build_environment() {
+  local python="$1" stamp downloads
+  stamp="$(
+    {
+      echo "maxtext==$maxtext_version"
+      "$python" --version
+      pwd
+      cat scripts/maxtext_requirements.py pyproject.toml
+    } | sha256sum
+  )"
+  if [[ -f "$environment/stamp" && "$(<"$environment/stamp")" == "$stamp" ]]; then
+    return
+  fi
+  stage "building $environment"
+  rm -rf "$environment"
+  "$python" -m venv "$environment"
+  local pip=("$environment/bin/python" -m pip --disable-pip-version-check --quiet)
+  downloads="$environment/downloads"
+  "${pip[@]}" download --no-deps --dest "$downloads" "maxtext==$maxtext_version"
+  "$environment/bin/python" scripts/maxtext_requirements.py "$downloads"/maxtext-*.whl >"$environment/requirements.txt"
+  "${pip[@]}" install --requirement "$environment/requirements.txt" pytest
+  "${pip[@]}" install --no-deps "$downloads"/maxtext-*.whl
+  "${pip[@]}" install --editable .
+  rm -r "$downloads"
+  echo "$stamp" >"$environment/stamp"
+}
+
+if ! python312="$(find_python312)"; then
+  cat >&2 <<'END'
+################################################################################
+##
+##  MAXTEXT TESTS DID NOT RUN: no Python 3.12 found.
+##
+##  MaxText needs it. Install it (for example with pyenv), or say where it is:
+##  PYTHON312=/path/to/python3.12 scripts/test_maxtext.sh
+##
+################################################################################
+END
+  exit "$([[ "${SLICECAST_REQUIRE_MAXTEXT:-0}" == 1 ]] && echo 1 || echo 0)"
+fi
+if [[ ! -x "$test_python" ]]; then
+  echo "$test_python is missing: run scripts/test.sh first, which builds the test environment" >&2
+  exit 1
+fi
+
+# Nothing is to be fetched, and MaxText would otherwise wait for a TPU.
+export HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu
+
+build_environment "$python312"
+
+stage "writing the sources"
+rm -rf "$work"
+"$test_python" tests/maxtext/make_sources.py "$work"
+
+cases="$("$test_python" tests/maxtext/cases.py)"
+while read -r name model_name; do
+  for layout in scanned unscanned; do
+    stage "converting $name, $layout"
+    # -P: the folder `kernels` of this repository must not pass for the package of that name.
+    "$environment/bin/python" -P -m slicecast.convert convert \
+      --hf_model_path="$work/$name/hf" \
+      --base_output_directory="$work/$name/$layout" \
+      --model_name="$model_name" \
+      --override_model_config=true \
+      --scan_layers="$([[ "$layout" == scanned ]] && echo true || echo false)" \
+      --save_dtype=float32 \
+      --simulated_cpu_devices_count=8 </dev/null
+  done
+done <<<"$cases"
+
+stage "loading and computing in MaxText"
+# Compiling takes most of the time, and it is done for models of a few thousand weights.
+SLICECAST_MAXTEXT_SOURCES="$PWD/$work" JAX_DISABLE_MOST_OPTIMIZATIONS=true \
+  "$environment/bin/pytest" tests/maxtext -m maxtext -W ignore::DeprecationWarning "$@"
+stage "done"
