@@ -106,8 +106,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     if jax.process_index() == 0:
         console.print(
             f"done in {summary.seconds:.1f} s: {summary.waves - summary.resumed} waves written, {summary.resumed} "
-            f"had been written before; read {summary.in_bytes / 1e9:.2f} GB in {summary.requests} requests; peak memory "
-            f"{summary.peak_bytes / 1e9:.2f} GB",
+            f"had been written before; read {summary.in_bytes / 1e9:.2f} GB in {summary.requests} requests; peak "
+            f"memory {summary.peak_bytes / 1e9:.2f} GB",
             highlight=False,
             soft_wrap=True,
         )
@@ -265,6 +265,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="the dtype of the weights (default: bfloat16); the router's bias is always float32",
     )  # fmt: skip
     parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
+    parser.add_argument(
+        "--rope_type", metavar="TYPE", help="MaxText's rope_type, if you will run the model with another one"
+    )
     parser.add_argument(
         "--override_model_config", metavar="BOOL", type=_boolean, nargs="?", const=True, default=False,
         help="let the model's sizes differ from those that MaxText has for --model_name",

@@ -14,6 +14,7 @@ from rich.console import Console
 from slicecast.configs import families, maxtext, slices
 from slicecast.convert import hosts, orbax_checkpoint, plan, verify
 from slicecast.convert.codecs import quantization_config
+from slicecast.convert.device import choose_implementation
 from slicecast.convert.errors import OutputError, VerificationError
 from slicecast.convert.mapping import resolve
 from slicecast.convert.mapping.target import Layout
@@ -62,7 +63,7 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
         SlicecastError: Whatever keeps the checkpoint from being converted.
     """
     checkpoint = open_checkpoint(settings.hf_model_path)
-    model = families.recognize(checkpoint.config, settings.model_name)
+    model = families.recognize(checkpoint.config, settings.model_name, settings.rope_type)
     layout = Layout(settings.scan_layers, settings.param_scan_axis, settings.save_dtype)
     quantization = quantization_config.read(checkpoint.config)
     resolved, ignored = resolve.resolve(checkpoint, model, layout, quantization)
@@ -135,7 +136,10 @@ def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
     label = f"host 0 of {made.machine.hosts}: " if made.machine.hosts > 1 else ""
     out_bytes = sum(wave.out_bytes for wave in waves)
     with ProgressDisplay(display_console, len(waves), out_bytes, made.machine.host_bytes, label) as display:
-        pipeline = Pipeline(made, process, jax.local_devices(), display.report)
+        implementation, warning = choose_implementation(jax.local_devices()[0])
+        if warning is not None:
+            display_console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+        pipeline = Pipeline(made, process, jax.local_devices(), display.report, implementation)
         arrays = {planned.leaf.path: array_spec(planned) for planned in made.leaves}
         orbax_checkpoint.save(output, arrays, pipeline.run, _custom_metadata(settings, made))
     return Summary(
@@ -159,6 +163,7 @@ def _custom_metadata(settings: Settings, made: Plan) -> dict[str, Any]:
             "param_scan_axis": settings.param_scan_axis,
             "save_dtype": settings.save_dtype,
             "model_name": settings.model_name,
+            "rope_type": settings.rope_type,
         },
     }
 
@@ -203,6 +208,7 @@ def settings_of(output: Path, hf_model_path: str) -> Settings:
         param_scan_axis=int(own["param_scan_axis"]),
         save_dtype=str(own["save_dtype"]),
         model_name=own["model_name"],
+        rope_type=own["rope_type"],
         override_model_config=True,
     )
 

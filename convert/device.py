@@ -19,6 +19,8 @@ from slicecast.convert.codecs.base import Codec
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import Op, Scale, Transpose
 from slicecast.convert.memory import chips_used
+from slicecast.kernels import int4_grouped
+from slicecast.kernels.int4_grouped import Implementation
 
 _BATCH, _ROWS = "batch", "rows"
 
@@ -34,6 +36,7 @@ class Step:
         element: The shape of the part of the tensor's target that is computed. Where the part lies does not matter.
         row_axis: The target axis that follows the source's rows; None if the rows must stay together.
         dtype: The dtype of the result.
+        implementation: Which kernel the codec uses, if it has one.
     """
 
     codec: Codec
@@ -42,6 +45,7 @@ class Step:
     element: Shape
     row_axis: int | None
     dtype: str
+    implementation: Implementation = "auto"
 
     @property
     def rows(self) -> int | None:
@@ -68,12 +72,16 @@ class DeviceRunner:
         inputs = NamedSharding(mesh, PartitionSpec(_BATCH, _ROWS))
         with self._slots:
             on_device = jax.device_put(tuple(parts), inputs)
-            values = _compiled(step, mesh)(*on_device)
+            values = program(step, mesh)(*on_device)
             return np.asarray(values)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(step: Step, mesh: Mesh) -> jax.stages.Wrapped:
+def program(step: Step, mesh: Mesh) -> jax.stages.Wrapped:
+    """The program of a step for a mesh with the axes `batch` and `rows`, made once and kept.
+
+    It takes the stored parts, `[batch, rows, ...]` divided over both axes, to the values `[batch, *step.element]`.
+    """
     over_rows = mesh.shape[_ROWS]
     local = _share_of_rows(step, over_rows)
     shapes = [box.shape for box in ops.boxes(step.ops, local, step.source)[1:]]
@@ -91,6 +99,22 @@ def _compiled(step: Step, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(mapped)
 
 
+def choose_implementation(device: jax.Device) -> tuple[Implementation, str | None]:
+    """Which kernels to use on a device, and a warning if they are not the fast ones.
+
+    On a TPU the kernel is compared with its definition, on the chip itself, before anything is converted with it.
+    """
+    if device.platform != "tpu":
+        return "auto", None
+    try:
+        if int4_grouped.kernel_agrees(device):
+            return "auto", None
+        found = "gives other values than its definition"
+    except jax.errors.JaxRuntimeError as error:
+        found = f"does not run ({str(error).splitlines()[0]})"
+    return "xla", f"the INT4 kernel {found} on {device.device_kind}; the slower XLA program is used instead"
+
+
 def _share_of_rows(step: Step, parts: int) -> Box:
     """The target box that the first of `parts` equal shares of a step's rows gives."""
     whole = Box.whole(step.element)
@@ -102,7 +126,7 @@ def _convert(*parts: jax.Array, step: Step, shapes: Sequence[Shape]) -> jax.Arra
     # Values stay exact in float32 until an op has computed with them; without such an op they are rounded at once.
     dtype = "float32" if any(isinstance(op, Scale) for op in step.ops) else step.dtype
     transposed = step.ops[:1] == (Transpose(),)
-    x = step.codec.decode(parts, dtype=dtype, transposed=transposed)
+    x = step.codec.decode(parts, dtype=dtype, transposed=transposed, implementation=step.implementation)
     first = 1 if transposed else 0
     x = jax.vmap(lambda element: ops.apply(step.ops[first:], element, shapes[first:]))(x)
     return x.astype(step.dtype)

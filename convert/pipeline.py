@@ -20,6 +20,7 @@ from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.device import DeviceRunner, Step
 from slicecast.convert.plan import Plan, PlannedLeaf, Wave, WorkBox
 from slicecast.convert.source.reader import Reader
+from slicecast.kernels.int4_grouped import Implementation
 
 # Called after each wave with the wave and whether it had been finished by an earlier run.
 Report = Callable[[Wave, bool], None]
@@ -58,12 +59,20 @@ class Pipeline:
         reader: The source; it counts what was read.
     """
 
-    def __init__(self, plan: Plan, process: int, devices: Sequence[jax.Device], report: Report):
+    def __init__(
+        self,
+        plan: Plan,
+        process: int,
+        devices: Sequence[jax.Device],
+        report: Report,
+        implementation: Implementation = "auto",
+    ):
         """A pipeline that calls `report` after each wave, from its workers' threads."""
         self._plan = plan
         self._waves = plan.waves[process]
         self._runner = DeviceRunner(devices, plan.device_slots)
         self._report = report
+        self._implementation = implementation
         self._gate = _MemoryGate(plan.machine.host_bytes)
         self._stop = threading.Event()
         self.reader = Reader(plan.checkpoint.path)
@@ -139,6 +148,7 @@ class Pipeline:
                 element=element.shape,
                 row_axis=None if row_axis is None else element_axes.index(row_axis),
                 dtype=leaf.dtype,
+                implementation=self._implementation,
             )
             batch = [_stack([parts[i][p] for i in members]) for p in range(len(parts[members[0]]))]
             results.append(self._runner.run(step, batch))

@@ -14,6 +14,7 @@ class Settings:
         param_scan_axis: The position of the layer axis.
         save_dtype: `bfloat16` or `float32`.
         model_name: MaxText's name of the model, or None.
+        rope_type: MaxText's rotary embedding that the model will run with, or None.
         override_model_config: Whether the sizes may differ from those that MaxText has for `model_name`.
         host_memory_gb: The budget for bytes in flight on each host, in GB (10**9 bytes); None for three quarters of
             what is free.
@@ -28,6 +29,7 @@ class Settings:
     param_scan_axis: int = 1
     save_dtype: str = "bfloat16"
     model_name: str | None = None
+    rope_type: str | None = None
     override_model_config: bool = False
     host_memory_gb: float | None = None
     device_memory_gb: float | None = None

@@ -44,32 +44,26 @@ stage() {
   echo "== $* (after ${SECONDS} s)"
 }
 
-# The environment is complete once its stamp is there, which therefore comes last.
+# Each part of the environment is complete once its stamp is there, which therefore comes last.
 build_environment() {
-  local python="$1" stamp downloads
-  stamp="$(
-    {
-      echo "maxtext==$maxtext_version"
-      "$python" --version
-      pwd
-      cat scripts/maxtext_requirements.py pyproject.toml
-    } | sha256sum
-  )"
-  if [[ -f "$environment/stamp" && "$(<"$environment/stamp")" == "$stamp" ]]; then
-    return
+  local python="$1" pip=("$environment/bin/python" -m pip --disable-pip-version-check --quiet) stamp
+  stamp="$({ "$python" --version; pwd; echo "$maxtext_version"; cat scripts/maxtext_requirements.py; } | sha256sum)"
+  if [[ "$(cat "$environment/stamp" 2>/dev/null)" != "$stamp" ]]; then
+    stage "building $environment"
+    rm -rf "$environment"
+    "$python" -m venv "$environment"
+    "${pip[@]}" download --no-deps --dest "$environment" "maxtext==$maxtext_version"
+    "$environment/bin/python" scripts/maxtext_requirements.py "$environment"/maxtext-*.whl >"$environment/requirements.txt"
+    "${pip[@]}" install --requirement "$environment/requirements.txt" pytest
+    "${pip[@]}" install --no-deps "$environment"/maxtext-*.whl
+    echo "$stamp" >"$environment/stamp"
   fi
-  stage "building $environment"
-  rm -rf "$environment"
-  "$python" -m venv "$environment"
-  local pip=("$environment/bin/python" -m pip --disable-pip-version-check --quiet)
-  downloads="$environment/downloads"
-  "${pip[@]}" download --no-deps --dest "$downloads" "maxtext==$maxtext_version"
-  "$environment/bin/python" scripts/maxtext_requirements.py "$downloads"/maxtext-*.whl >"$environment/requirements.txt"
-  "${pip[@]}" install --requirement "$environment/requirements.txt" pytest
-  "${pip[@]}" install --no-deps "$downloads"/maxtext-*.whl
-  "${pip[@]}" install --editable .
-  rm -r "$downloads"
-  echo "$stamp" >"$environment/stamp"
+  stamp="$(sha256sum pyproject.toml)"
+  if [[ "$(cat "$environment/stamp-project" 2>/dev/null)" != "$stamp" ]]; then
+    stage "installing slicecast in $environment"
+    "${pip[@]}" install --editable .
+    echo "$stamp" >"$environment/stamp-project"
+  fi
 }
 
 if ! python312="$(find_python312)"; then
@@ -100,7 +94,7 @@ rm -rf "$work"
 "$test_python" tests/maxtext/make_sources.py "$work"
 
 cases="$("$test_python" tests/maxtext/cases.py)"
-while read -r name model_name; do
+while read -r name model_name save_dtype; do
   for layout in scanned unscanned; do
     stage "converting $name, $layout"
     # -P: the folder `kernels` of this repository must not pass for the package of that name.
@@ -110,7 +104,7 @@ while read -r name model_name; do
       --model_name="$model_name" \
       --override_model_config=true \
       --scan_layers="$([[ "$layout" == scanned ]] && echo true || echo false)" \
-      --save_dtype=float32 \
+      --save_dtype="$save_dtype" \
       --simulated_cpu_devices_count=8 </dev/null
   done
 done <<<"$cases"

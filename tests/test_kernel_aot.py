@@ -11,8 +11,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from slicecast.convert.codecs.pack_quantized import PackQuantizedInt4
+from slicecast.convert.device import Step, program
+from slicecast.convert.mapping.ops import Transpose
 from slicecast.kernels import aot
-from slicecast.kernels.int4_grouped import dequantize, pallas_tpu, shapes, sharded
+from slicecast.kernels.int4_grouped import dequantize, pallas_tpu, shapes
 
 MOSAIC = 'custom_call_target="tpu_custom_call"'
 
@@ -20,6 +23,7 @@ OTHER_BLOCKS = (
     shapes.Shape("other", "group 16", 1024, 2048, 16),
     shapes.Shape("other", "group 64", 1024, 2048, 64),
     shapes.Shape("other", "large groups", 1024, 6144, 768),
+    shapes.Shape("other", "larger groups", 1024, 7680, 1280),
     shapes.Shape("other", "odd unit", 1024, 7200, 160),
     shapes.Shape("other", "ragged", 1000, 2880, 32),
 )
@@ -70,15 +74,23 @@ def test_other_scales(generation: str, scale_dtype: DTypeLike) -> None:
 
 
 @pytest.mark.parametrize("generation", aot.TOPOLOGIES)
-def test_sharded_program_communicates_nothing(generation: str) -> None:
+@pytest.mark.parametrize("over_rows", [1, 2])
+def test_the_program_of_a_conversion_uses_the_kernel_and_communicates_nothing(generation: str, over_rows: int) -> None:
     shape = shapes.KIMI_K2[0]
-    mesh = Mesh(np.array(aot.devices(generation)), ("expert",))
-    sharding = NamedSharding(mesh, PartitionSpec("expert"))
+    step = Step(
+        codec=PackQuantizedInt4(shape.columns, shape.group_size),
+        ops=(Transpose(),),
+        source=(shape.rows, shape.columns),
+        element=(shape.columns, shape.rows),
+        row_axis=1,
+        dtype="bfloat16",
+    )
+    mesh = Mesh(np.array(aot.devices(generation)).reshape(-1, over_rows), ("batch", "rows"))
+    sharding = NamedSharding(mesh, PartitionSpec("batch", "rows"))
     operands = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments(shape, batch=2 * mesh.size)
     ]
-    function = sharded(mesh, "expert", group_size=shape.group_size, dtype=jnp.bfloat16)
-    text = str(jax.jit(function).lower(*operands).compile().as_text())
+    text = str(program(step, mesh).lower(*operands).compile().as_text())
     assert MOSAIC in text
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text

@@ -1,7 +1,7 @@
 """One module per model family: the rules that map Hugging Face tensors to MaxText leaves.
 
-To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, model_name)`, and name it in
-`_FAMILIES`.
+To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, model_name, rope_type)`, and name it
+in `_FAMILIES`.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,13 @@ def supported_architectures() -> list[str]:
     return sorted(name for family in _FAMILIES for name in family.ARCHITECTURES)
 
 
-def recognize(config: Mapping[str, Any], model_name: str | None = None) -> Model:
+def recognize(config: Mapping[str, Any], model_name: str | None = None, rope_type: str | None = None) -> Model:
     """The model that a `config.json` describes.
 
     Args:
         config: The parsed `config.json`.
         model_name: MaxText's name of the model, if the user gave one.
+        rope_type: MaxText's rotary embedding that the model will run with, if the user gave one.
 
     Raises:
         UnsupportedArchitectureError: If no family covers the architecture.
@@ -36,7 +37,7 @@ def recognize(config: Mapping[str, Any], model_name: str | None = None) -> Model
     for family in _FAMILIES:
         for architecture in architectures:
             if architecture in family.ARCHITECTURES:
-                model: Model = family.model(HfConfig(config), architecture, model_name)
+                model: Model = family.model(HfConfig(config), architecture, model_name, rope_type)
                 return model
     raise UnsupportedArchitectureError(
         f"config.json: architecture {', '.join(map(str, architectures)) or '(none given)'} is not supported. "

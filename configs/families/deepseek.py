@@ -18,7 +18,7 @@ ARCHITECTURES = (
 )
 
 
-def model(config: HfConfig, architecture: str, model_name: str | None) -> Model:
+def model(config: HfConfig, architecture: str, model_name: str | None, rope_type: str | None) -> Model:
     """The rules for a DeepSeek or Kimi checkpoint."""
     text = config.section("text_config") or config
     prefix = "" if text is config else "language_model."

@@ -8,17 +8,17 @@ from slicecast.convert.mapping.rules import Ignore, Model, Rule, Stack
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
-# MaxText's models whose rotary embedding rotates neighboring elements; all others rotate halves, as Hugging Face does.
-# MaxText 0.2.5 decides by this prefix, so its llama3.3-70b rotates halves, and without Llama 3's scaling of the
-# frequencies.
-_INTERLEAVED_MODELS = ("llama3.1",)
+# The prefix of the rotary types, and of the models, of MaxText that rotate neighboring elements. All others rotate
+# halves, as Hugging Face does. MaxText 0.2.5 decides when it runs, by the model's name and then by `rope_type`; so its
+# llama3.3-70b rotates halves, without Llama 3's scaling of the frequencies, unless it is run with rope_type=llama3.1.
+_INTERLEAVED = "llama3.1"
 
 
-def model(config: HfConfig, architecture: str, model_name: str | None) -> Model:
+def model(config: HfConfig, architecture: str, model_name: str | None, rope_type: str | None) -> Model:
     """The rules for a Llama or Mistral checkpoint."""
     config.refuse("attention_bias", False, why="MaxText's Llama attention has no bias.")
     config.refuse("mlp_bias", False, why="MaxText's Llama MLP has no bias.")
-    interleaved, note = _rotates_neighbors(config, model_name)
+    interleaved, note = _rotates_neighbors(config, model_name, rope_type)
     return Model(
         family="llama",
         description=(
@@ -27,29 +27,27 @@ def model(config: HfConfig, architecture: str, model_name: str | None) -> Model:
         ),
         rules=tuple(_rules(config, interleaved)),
         ignores=tuple(_ignores(config)),
-        notes=(note,),
+        notes=(f"rotary layout {note}",),
     )
 
 
-def _rotates_neighbors(config: HfConfig, model_name: str | None) -> tuple[bool, str]:
+def _rotates_neighbors(config: HfConfig, model_name: str | None, rope_type: str | None) -> tuple[bool, str]:
     """Whether the MaxText model that will load this rotates neighbors or halves, and a sentence that says why."""
     # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling`.
     section = config.section("rope_parameters") or config.section("rope_scaling")
     scaled = section is not None and "llama3" in (section.values.get("rope_type"), section.values.get("type"))
-    if model_name is None:
+    if model_name is None and rope_type is None:
         if scaled:
-            return True, "rotary layout of MaxText's llama3.1 models, for config.json has Llama 3.1's rope type"
-        return (
-            False,
-            "rotary layout of MaxText's other Llama and Mistral models, for config.json has no special rope type",
-        )
-    if model_name.startswith(_INTERLEAVED_MODELS):
-        return True, f"rotary layout of MaxText's llama3.1 models, for --model_name={model_name}"
-    note = f"rotary layout of MaxText's other Llama and Mistral models, for --model_name={model_name}"
+            return True, "for MaxText's rope_type=llama3.1 (its llama3.1 models), because config.json has that scaling"
+        return False, "for MaxText's rope_type=default, because config.json has no special rotary embedding"
+    given = [f"--{name}={value}" for name, value in (("model_name", model_name), ("rope_type", rope_type)) if value]
+    if any(name is not None and name.startswith(_INTERLEAVED) for name in (model_name, rope_type)):
+        return True, f"for MaxText's rope_type=llama3.1, because of {' and '.join(given)}"
+    note = f"for MaxText's rope_type=default, because of {' and '.join(given)}"
     if scaled:
         note += (
-            "; note that MaxText runs this model without the frequency scaling that config.json asks for. "
-            "Its llama3.1 model of the same size has it: convert and load with that name"
+            ". That leaves out the frequency scaling that config.json asks for; for the right logits, convert and run "
+            "with rope_type=llama3.1"
         )
     return False, note
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from slicecast.convert.box import Shape
 from slicecast.convert.source.reader import Span
 from slicecast.convert.source.safetensors_header import TensorInfo
+from slicecast.kernels.int4_grouped import Implementation
 
 # Stored dtypes that are numbers by themselves, as (header spelling, NumPy dtype).
 FLOAT_DTYPES: dict[str, np.dtype] = {
@@ -32,7 +33,14 @@ class Codec(Protocol):
     def changes_values(self) -> bool:
         """False if decoding to the stored dtype gives the stored bytes back."""
 
-    def decode(self, parts: Sequence[jax.Array], *, dtype: DTypeLike, transposed: bool) -> jax.Array:
+    def decode(
+        self,
+        parts: Sequence[jax.Array],
+        *,
+        dtype: DTypeLike,
+        transposed: bool,
+        implementation: Implementation = "auto",
+    ) -> jax.Array:
         """The tensor's values, from the same rows of each part.
 
         All arithmetic is float32 and is rounded once, to `dtype`.
@@ -41,6 +49,7 @@ class Codec(Protocol):
             parts: One array for each part, `[batch, rows, ...]`.
             dtype: bfloat16 or float32.
             transposed: Whether to return `[batch, columns, rows]` in place of `[batch, rows, columns]`.
+            implementation: Which kernel computes them, for codecs that have one.
         """
 
 

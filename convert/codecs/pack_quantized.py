@@ -23,6 +23,7 @@ from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.errors import MissingPartnerError, ShapeError, UnsupportedFormatError
 from slicecast.convert.source.safetensors_header import TensorInfo
 from slicecast.kernels import int4_grouped
+from slicecast.kernels.int4_grouped import Implementation
 
 _VALUES_PER_WORD = 8
 _BYTES_PER_WORD = 4
@@ -51,10 +52,19 @@ class PackQuantizedInt4:
         """Always."""
         return True
 
-    def decode(self, parts: Sequence[jax.Array], *, dtype: DTypeLike, transposed: bool) -> jax.Array:
+    def decode(
+        self,
+        parts: Sequence[jax.Array],
+        *,
+        dtype: DTypeLike,
+        transposed: bool,
+        implementation: Implementation = "auto",
+    ) -> jax.Array:
         """Parts are the packed words as bytes, `uint8[batch, rows, bytes]`, and `scale[batch, rows, groups]`."""
         packed, scale = parts
-        x = int4_grouped.dequantize(packed, scale, group_size=self.group_size, dtype=dtype)[:, : self.columns]
+        x = int4_grouped.dequantize(
+            packed, scale, group_size=self.group_size, dtype=dtype, implementation=implementation
+        )[:, : self.columns]
         return x if transposed else x.swapaxes(1, 2)
 
 

@@ -11,6 +11,7 @@ from slicecast.convert.box import Shape
 from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor
 from slicecast.convert.errors import ShapeError
 from slicecast.convert.source.safetensors_header import TensorInfo
+from slicecast.kernels.int4_grouped import Implementation
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,14 @@ class Plain:
         """Never."""
         return False
 
-    def decode(self, parts: Sequence[jax.Array], *, dtype: DTypeLike, transposed: bool) -> jax.Array:
+    def decode(
+        self,
+        parts: Sequence[jax.Array],
+        *,
+        dtype: DTypeLike,
+        transposed: bool,
+        implementation: Implementation = "auto",
+    ) -> jax.Array:
         """The array, transposed before it is widened so that fewer bytes move."""
         (x,) = parts
         if transposed:

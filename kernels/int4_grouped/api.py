@@ -1,20 +1,24 @@
-"""The entry point of the operation: chooses an implementation, and maps it over a sharded batch."""
+"""The entry point of the operation: chooses an implementation."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from slicecast.kernels.int4_grouped import pallas_tpu, reference
 
 Implementation = Literal["auto", "xla", "pallas_tpu"]
+
+# The weight of `kernel_agrees`, as bytes [out, in/2], and its group size: several blocks of the kernel on both axes.
+_CHECKED_SHAPE = (1024, 1024)
+_CHECKED_GROUP = 32
 
 
 def dequantize(
@@ -31,7 +35,7 @@ def dequantize(
     `y[b, k, n] = (nibble(b, n, k) - 8) * scale[b, n, k // group_size]`, a float32 product, rounded once to `dtype`.
 
     Inside `jax.jit` the arguments must not be divided over devices: the compiler cannot see into a Pallas kernel, and
-    would gather them. Call it inside `jax.shard_map` then, or use `sharded`.
+    would gather them. Call it inside `jax.shard_map` then.
 
     Args:
       packed: uint8[batch, out, in/2]. Byte j of a row holds element 2j (low nibble) and 2j+1 (high nibble).
@@ -62,34 +66,26 @@ def dequantize(
     return y
 
 
-def sharded(
-    mesh: Mesh,
-    axes: str | tuple[str, ...],
-    *,
-    group_size: int,
-    dtype: DTypeLike,
-    implementation: Implementation = "auto",
-    interpret: bool | pltpu.InterpretParams = False,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns `dequantize` for arguments whose batch is divided over mesh axes.
+def kernel_agrees(device: jax.Device, *, interpret: bool | pltpu.InterpretParams = False) -> bool:
+    """Whether the TPU kernel and the reference give the same bits on a device, on a small weight of random codes.
 
-    Each device dequantizes the weights it holds; nothing is communicated. The result is divided as the arguments are.
-    Use it inside `jax.jit` like a plain function of the global arrays.
+    A compiler that accepts the kernel may still get it wrong; this takes a second and needs no data.
 
     Args:
-      mesh: The mesh the arguments live on.
-      axes: The mesh axis or axes over which the batch is divided. Their size must divide the batch.
-      group_size: See `dequantize`.
-      dtype: See `dequantize`.
-      implementation: See `dequantize`.
-      interpret: See `dequantize`.
-
-    Returns:
-      A function of `packed` uint8[batch, out, in/2] and `scale` [batch, out, in/group_size] to dtype[batch, in, out].
+      device: Where both are run.
+      interpret: Passed to the TPU kernel, for tests on a CPU.
     """
-    function = functools.partial(
-        dequantize, group_size=group_size, dtype=dtype, implementation=implementation, interpret=interpret
-    )
-    spec = PartitionSpec(axes)
-    # The check of replication does not know Pallas kernels. Nothing is communicated, so there is nothing to check.
-    return jax.shard_map(function, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+    random = np.random.default_rng(0)
+    packed = random.integers(0, 256, (2, *_CHECKED_SHAPE), np.uint8)
+    scale = random.normal(0, 0.01, (2, _CHECKED_SHAPE[0], 2 * _CHECKED_SHAPE[1] // _CHECKED_GROUP)).astype(jnp.bfloat16)
+    results = []
+    for implementation in ("xla", "pallas_tpu"):
+        function = functools.partial(
+            dequantize,
+            group_size=_CHECKED_GROUP,
+            dtype=jnp.bfloat16,
+            implementation=implementation,
+            interpret=interpret,
+        )
+        results.append(np.asarray(jax.jit(function)(*jax.device_put((packed, scale), device))))
+    return bool(np.array_equal(results[0].view(np.uint16), results[1].view(np.uint16)))

@@ -1,0 +1,103 @@
+"""Measures the peak memory of conversions: flat, and within the budget.
+
+    .venv/bin/python scripts/bench_memory.py --work_dir DIR
+
+Converts Kimi-K2.6 at true width (7168, 2048) with 8, 32 and 96 experts, scanned and unscanned, under
+`--host_memory_gb=1`, each in a process of its own, and prints the peak resident memory over what the process holds
+after its imports. Fails if a peak is above the budget plus 0.5 GiB, or if the largest model takes more than the
+smallest by over a tenth of the budget.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+BUDGET_GB = 1
+# What XLA's and TensorStore's own buffers, and the allocator's slack, may take beside the bytes in flight.
+ALLOWANCE_BYTES = 1 << 29
+EXPERTS = (8, 32, 96)
+
+# Runs in a process of its own. Resetting the peak after the imports leaves only what the conversion takes.
+_CHILD = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", int(sys.argv[4]))
+from rich.console import Console
+from slicecast.convert import commands
+from slicecast.convert.progress import peak_resident_bytes, resident_bytes
+from slicecast.convert.settings import Settings
+jax.local_devices()
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")
+base = resident_bytes()
+settings = Settings(hf_model_path=sys.argv[1], base_output_directory=sys.argv[2], scan_layers=sys.argv[3] == "scanned",
+                    host_memory_gb=float(sys.argv[5]))
+result = {"base": base}
+summary = commands.convert(settings, Console(quiet=True), describe=lambda plan: result.update(out_bytes=plan.out_bytes))
+print(json.dumps(result | {"peak": peak_resident_bytes(), "seconds": summary.seconds}))
+"""
+
+
+def main() -> int:
+    """Runs all cases; returns 1 if a bound is broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="a directory with 20 GB free, for temporary files")
+    parser.add_argument("--devices", type=int, default=1, help="simulated devices (default: 1)")
+    parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS)
+    arguments = parser.parse_args()
+
+    table = Table("experts", "layers", "output GB", "seconds", "base GB", "peak over base GB")
+    peaks: dict[str, list[int]] = {"scanned": [], "unscanned": []}
+    for experts in arguments.experts:
+        source, output = arguments.work_dir / "hf", arguments.work_dir / "maxtext"
+        make_checkpoint(source, experts)
+        for layers, layer_peaks in peaks.items():
+            result = convert(source, output, layers, arguments.devices)
+            shutil.rmtree(output)
+            over = result["peak"] - result["base"]
+            layer_peaks.append(over)
+            table.add_row(
+                str(experts),
+                layers,
+                f"{result['out_bytes'] / 1e9:.2f}",
+                f"{result['seconds']:.1f}",
+                f"{result['base'] / 1e9:.2f}",
+                f"{over / 1e9:.2f}",
+            )
+        shutil.rmtree(source)
+    Console().print(table)
+
+    bound = BUDGET_GB * 10**9 + ALLOWANCE_BYTES
+    within = all(peak <= bound for layer_peaks in peaks.values() for peak in layer_peaks)
+    flat = all(layer_peaks[-1] - layer_peaks[0] <= BUDGET_GB * 10**8 for layer_peaks in peaks.values())
+    print(f"bound {bound / 1e9:.2f} GB: {'kept' if within else 'BROKEN'}; flat: {'yes' if flat else 'NO'}")
+    return 0 if within and flat else 1
+
+
+def make_checkpoint(directory: Path, experts: int) -> None:
+    """Writes a Kimi-K2.6 of true width with two layers, one of them with experts."""
+    shutil.rmtree(directory, ignore_errors=True)
+    command = [sys.executable, str(Path(__file__).with_name("make_checkpoint.py")), "--out", str(directory)]
+    flags = ["--true_sizes", "--layers", "2", "--experts", str(experts), "--vocab", "4096", "--files", "4"]
+    subprocess.run(command + flags, check=True)
+
+
+def convert(source: Path, output: Path, layers: str, devices: int) -> dict[str, Any]:
+    """Converts in a process of its own, and returns what it measured."""
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-c", _CHILD, str(source), str(output), layers, str(devices), str(BUDGET_GB)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+if __name__ == "__main__":
+    sys.exit(main())
