@@ -141,7 +141,7 @@ def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
             display_console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
         pipeline = Pipeline(made, process, jax.local_devices(), display.report, implementation)
         arrays = {planned.leaf.path: array_spec(planned) for planned in made.leaves}
-        orbax_checkpoint.save(output, arrays, pipeline.run, _custom_metadata(settings, made))
+        orbax_checkpoint.save(output, arrays, pipeline.run, pipeline.stop, _custom_metadata(settings, made))
     return Summary(
         items=str(output / orbax_checkpoint.STEP / orbax_checkpoint.ITEM),
         waves=display.waves,
@@ -178,7 +178,7 @@ def _check_output(output: Path, made: Plan) -> None:
     if unfinished is None:
         return
     begun = _own_metadata(unfinished).get("plan")
-    if begun is not None and begun != made.digest:
+    if begun != made.digest and orbax_checkpoint.has_data(unfinished):
         raise OutputError(
             f"{unfinished}: an unfinished checkpoint with another plan is there (another source, other flags, or "
             f"another version of slicecast; its plan is {str(begun)[:12]}, this one is {made.digest[:12]}). Run the "

@@ -84,6 +84,12 @@ class ReadError(SlicecastError):
     """A byte range of a source file could not be read."""
 
 
+class StoppedError(SlicecastError):
+    """The user stopped the run."""
+
+    exit_code = 130  # What shells use for a command ended by Ctrl-C.
+
+
 class IncompleteError(SlicecastError):
     """Chunks of the output are missing at the end of a run; the checkpoint was not committed."""
 

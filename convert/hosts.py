@@ -29,7 +29,7 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     if all(given):
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
         return
-    if jax.config.values["jax_platforms"] == "cpu":
+    if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
         return
     try:
         jax.distributed.initialize()

@@ -106,7 +106,7 @@ class _Resumable(ocp_path.atomicity.AtomicRenameTemporaryPath):  # type: ignore[
         if final.exists() and not temporary.exists():
             final.rename(temporary)  # Killed after the item was renamed and before the step was.
         # Orbax writes the step's metadata right after making its directory; without it nothing was begun.
-        if temporary.exists() and (temporary.name.startswith(ITEM) or (temporary / _METADATA_FILE).exists()):
+        if temporary.exists() and (temporary.name.startswith(ITEM) or read_custom_metadata(Path(temporary))):
             (temporary / _COMMIT_FILE).unlink(missing_ok=True)
             return temporary
         return await super().create()
@@ -143,6 +143,11 @@ def unfinished_checkpoint(output: Path) -> Path | None:
     return next(output.glob(f"{STEP}.orbax-checkpoint-tmp*"), None)
 
 
+def has_data(step: Path) -> bool:
+    """Whether a step's directory holds more than its own metadata."""
+    return any(step.glob(f"{ITEM}*"))
+
+
 def require_finished(output: Path) -> Path:
     """The directory of the finished checkpoint in an output directory.
 
@@ -168,13 +173,20 @@ def read_custom_metadata(step: Path) -> Mapping[str, Any]:
     return custom if isinstance(custom, dict) else {}
 
 
-def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom_metadata: Mapping[str, Any]) -> None:
+def save(
+    output: Path,
+    arrays: Mapping[str, ArraySpec],
+    convert: Convert,
+    stop: Callable[[], None],
+    custom_metadata: Mapping[str, Any],
+) -> None:
     """Writes a checkpoint to `<output>/0/items`, or goes on with an unfinished one; called by all processes.
 
     Args:
         output: A local directory, the same on all processes.
         arrays: The leaves by path, keys joined by `/`.
         convert: Writes all chunks that this process owns. Called once, in a thread.
+        stop: Makes `convert` end early, with an error. Called if the user interrupts.
         custom_metadata: JSON for the step's custom metadata.
 
     Raises:
@@ -209,7 +221,12 @@ def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom
             args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
             custom_metadata=dict(custom_metadata),
         )
-        checkpointer.wait_until_finished()
+        try:
+            checkpointer.wait_until_finished()
+        except KeyboardInterrupt:
+            # Leaving the checkpointer waits for the conversion, which must therefore be told first.
+            stop()
+            raise
 
 
 class _OpenHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]

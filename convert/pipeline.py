@@ -18,6 +18,7 @@ from slicecast.convert.box import Box
 from slicecast.convert.chunk_store import ArraySpec, Block, ChunkWriter
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.device import DeviceRunner, Step
+from slicecast.convert.errors import StoppedError
 from slicecast.convert.plan import Plan, PlannedLeaf, Wave, WorkBox
 from slicecast.convert.source.reader import Reader
 from slicecast.kernels.int4_grouped import Implementation
@@ -75,6 +76,7 @@ class Pipeline:
         self._implementation = implementation
         self._gate = _MemoryGate(plan.machine.host_bytes)
         self._stop = threading.Event()
+        self._stopped = False
         self.reader = Reader(plan.checkpoint.path)
 
     def run(self, writer: ChunkWriter) -> None:
@@ -86,6 +88,11 @@ class Pipeline:
             futures = [pool.submit(self._work, waves, lock, writer) for _ in range(workers)]
             self._wait(futures)
 
+    def stop(self) -> None:
+        """Makes `run` end with `StoppedError`, when the waves in flight are done."""
+        self._stopped = True
+        self._stop.set()
+
     def _wait(self, futures: Sequence[Future[None]]) -> None:
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -93,6 +100,8 @@ class Pipeline:
             self._stop.set()
         for future in futures:
             future.result()
+        if self._stopped:
+            raise StoppedError("stopped; what was written so far is kept. Run the same command again to go on.")
 
     def _work(self, waves: Iterator[Wave], lock: threading.Lock, writer: ChunkWriter) -> None:
         while not self._stop.is_set():
