@@ -12,8 +12,8 @@ there; but its script runs on 3.11 too. Such a Python is ENV/bin/python after:
 
     python3.11 -m venv ENV
     ENV/bin/pip install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
-    ENV/bin/pip install aqtp drjax flax grain jax jaxtyping omegaconf orbax-checkpoint pathwaysutils psutil qwix \\
-      safetensors tqdm transformers
+    ENV/bin/pip install jax flax orbax-checkpoint grain safetensors transformers tqdm psutil jaxtyping
+    ENV/bin/pip install omegaconf pathwaysutils drjax qwix aqtp
     ENV/bin/pip install --no-deps --ignore-requires-python maxtext==0.2.5
 """
 
@@ -32,6 +32,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+
 from slicecast.convert import chunk_store, commands, orbax_checkpoint, pipeline
 from slicecast.convert.chunk_store import Block, ChunkWriter
 from slicecast.convert.pipeline import Pipeline
@@ -103,7 +104,9 @@ def main() -> int:
     ratio = statistics.median(a.seconds / b.seconds for a, b in zip(ours, floors, strict=True))
     processor_ratio = statistics.median(a.processor / b.processor for a, b in zip(ours, floors, strict=True))
     gigabytes = plan.out_bytes / 1e9
-    print(f"{plan.in_bytes / 1e9:.2f} GB in, {gigabytes:.2f} GB out, {arguments.devices} devices, {os.cpu_count()} cores")
+    print(
+        f"{plan.in_bytes / 1e9:.2f} GB in, {gigabytes:.2f} GB out, {arguments.devices} devices, {os.cpu_count()} cores"
+    )
     for name, times in (("convert", ours), ("floor", floors)):
         rates = sorted(gigabytes / taken.seconds for taken in times)
         processor = statistics.median(taken.processor for taken in times) / gigabytes

@@ -9,10 +9,10 @@ a file that lacks one is copied with it to WORK_DIRECTORY/hf, the others are lin
 are the imports. The last line of the output is JSON: the seconds by the clock, those of all cores together, and the
 peak of resident memory in bytes.
 
-The script collects garbage after every leaf, 35 times, which takes half a second to a second each because of the half
-a million objects that its imports leave. This does not grow with the model: it is nothing for a whole Kimi-K2.6 and a
-large part for a small one. So these objects are kept out of the collections here, in favor of MaxText; with
-KEEP_COLLECTIONS=1 they are not.
+The script collects garbage after every leaf, 35 times, which takes about 0.4 s each because of the half a million
+objects that its imports leave. This does not grow with the model: it is nothing for a whole Kimi-K2.6 and a large part
+for a small one. So these objects are kept out of the collections here, in favor of MaxText; with KEEP_COLLECTIONS=1
+they are not.
 """
 
 import gc

@@ -4,7 +4,8 @@
 #   scripts/test_maxtext.sh [PYTEST ARGUMENTS]
 #
 # Writes tiny checkpoints with transformers, converts each of them scanned and unscanned, and lets MaxText load them and
-# compute: its tree, its two readers, and its logits against those of transformers. See tests/maxtext.
+# compute: its tree, its two readers, its logits against those of transformers, and the bits that its own converter
+# writes. See tests/maxtext.
 #
 # Two environments are needed, because MaxText wants Python 3.12 and no torch, and the sources need torch:
 #   .venv           the test environment, built by scripts/test.sh; another one: SLICECAST_TEST_PYTHON=/path/to/python

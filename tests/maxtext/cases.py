@@ -8,7 +8,7 @@ stack, widths), so a transposed or misplaced axis cannot have the right shape. H
 query scale `head_dim ** -0.5` is not a power of two and its rounding shows. RoPE, norm epsilon and router settings are
 those of the real models, because MaxText takes them from its own model files.
 
-    python cases.py     prints one line for each case: its name, and MaxText's name of the model
+    python cases.py     prints one line for each case: its name, MaxText's name of the model, the dtype to save
 """
 
 import dataclasses
@@ -50,6 +50,7 @@ class Case:
       config: arguments of transformers' config.
       dtype: of the source checkpoint's weights.
       maxtext: settings that MaxText needs beside the sizes.
+      save_dtype: of the converted checkpoint.
       int4_experts: whether the routed experts are stored as compressed-tensors INT4, as in Kimi-K2-Thinking.
       multimodal: whether the model sits in the vision wrapper of Kimi-K2.5 and Kimi-K2.6.
     """
@@ -60,6 +61,7 @@ class Case:
     config: Mapping[str, Any]
     dtype: str
     maxtext: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    save_dtype: str = "float32"
     int4_experts: bool = False
     multimodal: bool = False
 
@@ -165,6 +167,8 @@ CASES = (
             norm_topk_prob=False,
         ),
         "bfloat16",
+        # The default dtype, and lossless: the source has it, and nothing in this model is scaled.
+        save_dtype="bfloat16",
     ),
     Case("kimi_int4", "kimi-k2-1t", "deepseek_v3", _kimi(), "bfloat16", int4_experts=True),
     Case("kimi26_int4", "kimi-k2-1t", "deepseek_v3", _kimi(), "bfloat16", int4_experts=True, multimodal=True),
@@ -173,4 +177,4 @@ CASES = (
 
 if __name__ == "__main__":
     for case in CASES:
-        print(case.name, case.model_name)
+        print(case.name, case.model_name, case.save_dtype)

@@ -101,7 +101,7 @@ def logits(model: nn.Module, ids: np.ndarray, positions: np.ndarray) -> np.ndarr
             attention_mask=torch.ones(ids.shape, dtype=torch.int64),
             use_cache=False,
         )
-    return output.logits.float().numpy()
+    return np.asarray(output.logits.float())
 
 
 def tensors_on_disk(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ def write_int4(model: nn.Module, case: Case, folder: Path) -> nn.Module:
 
 def _kimi_config(model: nn.Module, case: Case) -> dict[str, Any]:
     """Returns config.json as published: the names of the remote code, and RoPE in the keys of transformers 4."""
-    text = json.loads(model.config.to_json_string())
+    text: dict[str, Any] = json.loads(model.config.to_json_string())
     rope = text.pop("rope_parameters")
     text["rope_theta"] = rope.pop("rope_theta")
     text["rope_scaling"] = rope | {"type": rope.pop("rope_type")}
@@ -228,7 +228,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         sys.exit("usage: make_sources.py OUT_DIR [CASE ...]")
     out, names = Path(arguments[0]), arguments[1:]
-    torch.set_num_threads(2)
+    transformers.utils.logging.disable_progress_bar()
     for case in CASES:
         if not names or case.name in names:
             make_source(case, out / case.name)

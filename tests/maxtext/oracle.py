@@ -41,7 +41,9 @@ _SETTINGS = (
 
 def config(case: Case, scan_layers: bool, items: Path) -> Any:
     """Returns MaxText's config of a case whose checkpoint is at `items`."""
-    scratch = items.parents[2]  # the case's folder: MaxText writes its logs and its cache of compiled programs somewhere
+    scratch = items.parents[
+        2
+    ]  # the case's folder: MaxText writes its logs and its cache of compiled programs somewhere
     settings = [
         *_SETTINGS,
         *case.maxtext_settings(scan_layers),
@@ -77,7 +79,10 @@ def abstract_shapes(settings: Any) -> dict[str, tuple[int, ...]]:
 def read_disk(items: Path) -> Tree:
     """Returns the arrays of a checkpoint as they are on disk, in their own dtypes, without MaxText."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.restore(items)["params"]["params"]
+        tree = {"params": {"params": checkpointer.metadata(items).item_metadata.tree["params"]["params"]}}
+        # As numpy arrays, for the devices that the checkpoint was written with are not here.
+        to_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        tree = checkpointer.restore(items, item=tree, restore_args=to_numpy, transforms={})["params"]["params"]
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(key.key) for key in path): np.asarray(value) for path, value in leaves}
 
@@ -110,8 +115,8 @@ class Model:
         return model(ids, positions, segments, enable_dropout=False, model_mode="train")
 
     def logits(self, ids: np.ndarray, positions: np.ndarray, changes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the logits, `[batch, tokens, vocab]` in float32, after putting `changes` in place of loaded leaves."""
-        state = nnx.merge_state(self._state)  # a copy: the loaded weights stay as they are
+        """Returns the logits, `[batch, tokens, vocab]` in float32, with `changes` in place of loaded leaves."""
+        state = jax.tree.map(lambda leaf: leaf, self._state)  # new variables: the loaded ones stay as they are
         flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
         for path, value in changes.items():
             # The same sharding, or the program would be compiled again.
