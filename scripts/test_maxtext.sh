@@ -7,9 +7,10 @@
 # compute: its tree, its two readers, its logits against those of transformers, and the bits that its own converter
 # writes. See tests/maxtext.
 #
-# Two environments are needed, because MaxText wants Python 3.12 and no torch, and the sources need torch:
-#   .venv           the test environment, built by scripts/test.sh; another one: SLICECAST_TEST_PYTHON=/path/to/python
-#   .venv-maxtext   built here on first use (about three minutes, 2.2 GB), reused while its requirements stay the same
+# Two environments are needed, because MaxText wants Python 3.12 and no torch, and the sources need torch. Both are built
+# on first use, and reused while their requirements stay the same:
+#   .venv           the environment of scripts/test.sh
+#   .venv-maxtext   about three minutes, 2.2 GB
 #
 # Without Python 3.12 the checks do not run, which is said loudly and is no error, unless SLICECAST_REQUIRE_MAXTEXT=1.
 # PYTHON312=/path/to/python3.12 says where it is. What was written stays in build/maxtext until the next run.
@@ -19,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 maxtext_version=0.2.5
 environment=.venv-maxtext
 work=build/maxtext
-test_python="${SLICECAST_TEST_PYTHON:-.venv/bin/python}"
+test_python=.venv/bin/python
 
 runs_python312() {
   "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1
@@ -80,14 +81,12 @@ if ! python312="$(find_python312)"; then
 END
   exit "$([[ "${SLICECAST_REQUIRE_MAXTEXT:-0}" == 1 ]] && echo 1 || echo 0)"
 fi
-if [[ ! -x "$test_python" ]]; then
-  echo "$test_python is missing: run scripts/test.sh first, which builds the test environment" >&2
-  exit 1
-fi
 
 # Nothing is to be fetched, and MaxText would otherwise wait for a TPU.
 export HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu
 
+. scripts/environment.sh
+make_environment test
 build_environment "$python312"
 
 stage "writing the sources"
