@@ -68,8 +68,11 @@ def parse(name: str) -> Slice:
     """
     match = re.fullmatch(r"([a-z0-9]+)-(\d+)", name)
     generation = GENERATIONS.get(match[1]) if match else None
-    if match is None or generation is None or int(match[2]) < generation.cores_per_chip:
-        raise UsageError(
-            f"--slice={name} is no TPU slice; an example is v5e-16. Generations: {', '.join(sorted(GENERATIONS))}."
-        )
-    return Slice(generation, int(match[2]) // generation.cores_per_chip)
+    cores = int(match[2]) if match else 0
+    if generation is not None and cores > 0 and cores % generation.cores_per_chip == 0:
+        described = Slice(generation, cores // generation.cores_per_chip)
+        if described.chips == described.hosts * described.chips_of_each_host:
+            return described
+    raise UsageError(
+        f"--slice={name} is no TPU slice; an example is v5e-16. Generations: {', '.join(sorted(GENERATIONS))}."
+    )

@@ -21,6 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from slicecast.convert.box import Box, Shape
+from slicecast.convert.errors import OutputError
 
 PROCESS_PREFIX = "ocdbt.process_"
 
@@ -119,11 +120,12 @@ class ChunkWriter:
             process: The index of this process.
             writes_metadata: Whether this process writes the metadata of the arrays; exactly one must.
         """
+        self._directory = directory
         self._context = _context()
         self.finished = finished_keys(directory, self._context)
         # A database of its own for each run: nothing that a killed run left half written is ever continued.
         database = directory / f"{PROCESS_PREFIX}{process}x{secrets.token_hex(4)}"
-        self._arrays = _run(self._open(database, arrays, writes_metadata))
+        self._arrays = self._carry_out(self._open(database, arrays, writes_metadata))
 
     async def _open(self, database: Path, arrays: Sequence[ArraySpec], create: bool) -> dict[str, ts.TensorStore]:
         transaction = ts.Transaction(atomic=True) if create else None
@@ -150,8 +152,23 @@ class ChunkWriter:
         return [chunk for chunk in box.tiles(array.chunk) if array.key(chunk) not in self.finished]
 
     def write(self, blocks: Iterable[Block]) -> None:
-        """Writes the missing chunks of all blocks in one transaction, and returns when they are durable."""
-        _run(self._write(blocks))
+        """Writes the missing chunks of all blocks in one transaction, and returns when they are durable.
+
+        Raises:
+            OutputError: If storage fails.
+        """
+        self._carry_out(self._write(blocks))
+
+    def _carry_out(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Runs a coroutine to its end, from a thread that has no event loop."""
+        try:
+            return asyncio.run(coroutine)
+        except (OSError, RuntimeError, ValueError) as error:  # What TensorStore raises for a failure of storage.
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OutputError(
+                f"{self._directory}: cannot be written: {cause}. Make space, or mend the storage, and run the same "
+                "command again: it goes on."
+            ) from error
 
     async def _write(self, blocks: Iterable[Block]) -> None:
         transaction = ts.Transaction(atomic=True)
@@ -228,8 +245,3 @@ def _array_spec(database: dict[str, Any], array: ArraySpec) -> dict[str, Any]:
         # A chunk of zeros is stored too: a missing key then always means a chunk that was not written.
         "store_data_equal_to_fill_value": True,
     }
-
-
-def _run(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Runs a coroutine to its end, from a thread that has no event loop."""
-    return asyncio.run(coroutine)

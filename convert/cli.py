@@ -7,13 +7,11 @@ program and keeps the rest of the command.
 import argparse
 import difflib
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -21,6 +19,7 @@ from absl import app, flags, logging
 from absl.flags import argparse_flags
 from rich.console import Console
 
+from slicecast.convert import hosts
 from slicecast.convert.errors import SlicecastError, UsageError
 from slicecast.convert.settings import Settings
 
@@ -75,7 +74,8 @@ def run() -> None:
     try:
         app.run(main, flags_parser=_parse_for_absl)
     except UsageError as error:
-        _exit(error)
+        _print(error)
+        sys.exit(error.exit_code)
 
 
 def _parse_for_absl(argv: Sequence[str]) -> argparse.Namespace:
@@ -91,7 +91,10 @@ def main(arguments: argparse.Namespace) -> int:
         _start_jax(arguments)
         return {"convert": _convert, "plan": _plan, "verify": _verify}[arguments.command](arguments)
     except SlicecastError as error:
-        _exit(error)
+        _print(error)
+        if arguments.command == "convert" and jax.process_count() > 1:
+            hosts.end_alone(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
@@ -131,7 +134,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from slicecast.convert import commands
 
     console = Console(stderr=True)
-    output = Path(os.path.abspath(arguments.output))
+    output = commands.output_directory(arguments.output)
     for line in commands.verify_checkpoint(output, arguments.hf_model_path, arguments.host_memory_gb, console):
         print(line)
     return 0
@@ -144,8 +147,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _start_jax(arguments: argparse.Namespace) -> None:
     """Chooses the platform and joins the other processes, before JAX is used."""
-    from slicecast.convert import hosts
-
     simulated = getattr(arguments, "simulated_cpu_devices_count", None)
     if simulated is not None:
         jax.config.update("jax_platforms", "cpu")
@@ -165,7 +166,7 @@ def _as_flags(arguments: Sequence[str]) -> list[str]:
         if skip_value:
             skip_value = False
             continue
-        if word.endswith((".yml", ".yaml")) and not word.startswith("-"):
+        if word.endswith((".yml", ".yaml")) and not word.startswith("-") and "=" not in word:
             _note(f"{word}: ignored; slicecast needs no config file")
             continue
         key, equals, _ = word.lstrip("-").partition("=")
@@ -183,12 +184,11 @@ def _note(text: str) -> None:
     print(f"slicecast: {text}", file=sys.stderr)
 
 
-def _exit(error: SlicecastError) -> NoReturn:
+def _print(error: SlicecastError) -> None:
     lines = str(error).splitlines() or [type(error).__name__]
     print(f"slicecast: {type(error).__name__}: {lines[0]}", file=sys.stderr)
     for line in lines[1:]:
         print(f"  {line}", file=sys.stderr)
-    sys.exit(error.exit_code)
 
 
 class _Parser(argparse_flags.ArgumentParser):
@@ -217,7 +217,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "--coordinator_address", metavar="HOST:PORT", help="where process 0 listens; found by JAX on TPUs"
     )
     convert.add_argument(
-        "--num_processes", metavar="N", type=int, help="how many processes convert; found by JAX on TPUs"
+        "--num_processes", metavar="N", type=_count, help="how many processes convert; found by JAX on TPUs"
     )
     convert.add_argument("--process_id", metavar="I", type=int, help="which of them this is; found by JAX on TPUs")
 
@@ -229,7 +229,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     _add_memory_flags(plan)
     _add_device_flags(plan)
     plan.add_argument("--slice", metavar="NAME", help="plan for a TPU slice, for example v5e-16")
-    plan.add_argument("--hosts", metavar="N", type=int, help="plan for this many hosts")
+    plan.add_argument("--hosts", metavar="N", type=_count, help="plan for this many hosts")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     verify = _command(commands, "verify", "compare a finished checkpoint with its source, bit for bit")
@@ -266,7 +266,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
     parser.add_argument(
-        "--rope_type", metavar="TYPE", help="MaxText's rope_type, if you will run the model with another one"
+        "--rope_type",
+        choices=("default", "llama3.1", "yarn"),
+        help="MaxText's rope_type, if you will run the model with another one",
     )
     parser.add_argument(
         "--override_model_config", metavar="BOOL", type=_boolean, nargs="?", const=True, default=False,
@@ -287,7 +289,7 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--simulated_cpu_devices_count", metavar="N", type=int,
+        "--simulated_cpu_devices_count", metavar="N", type=_count,
         help="run on the CPU, as this many devices (default: the devices that JAX finds)",
     )  # fmt: skip
 
@@ -297,6 +299,12 @@ def _boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
     return values[text.lower()]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above zero")
+    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -1,5 +1,6 @@
 """What the subcommands do, from settings to results."""
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,15 @@ from slicecast.convert.pipeline import Pipeline, array_spec
 from slicecast.convert.plan import Plan
 from slicecast.convert.progress import ProgressDisplay, peak_resident_bytes
 from slicecast.convert.settings import Settings
-from slicecast.convert.source.checkpoint import open_checkpoint
+from slicecast.convert.source.checkpoint import open_checkpoint, sample_contents
 
 # The part of free memory that is used where the user gives no budget; the rest is for the program itself and for
 # others.
 _DEFAULT_SHARE = 0.75
+
+# The file in the output directory that holds the digest of source and plan. It matters while the checkpoint is
+# unfinished.
+_PLAN_FILE = "slicecast-plan"
 
 # Boxes compared at once by `verify`; NumPy lets go of the interpreter for most of the work.
 _VERIFY_WORKERS = 2
@@ -121,15 +126,16 @@ def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
     start = time.monotonic()
     if settings.base_output_directory is None:
         raise OutputError("convert needs --base_output_directory.")
-    output = Path(os.path.abspath(settings.base_output_directory))
-    made = make_plan(settings, this_machine(settings))
+    output = output_directory(settings.base_output_directory)
+    made = make_plan(settings, hosts.smallest(this_machine(settings)))
     process = jax.process_index()
+    digest = hashlib.sha256(f"{made.digest} {sample_contents(made.checkpoint)}".encode()).hexdigest()
+    hosts.check_agreement(digest)
+    hosts.check_shared(output)
+    _check_output(output, digest)
+    _begin(output, digest)
     if process == 0:
         describe(made)
-    hosts.check_agreement(made.digest)
-    hosts.check_shared(output)
-    _check_output(output, made)
-    output.mkdir(parents=True, exist_ok=True)
 
     waves = made.waves[process]
     display_console = console if process == 0 else Console(quiet=True)
@@ -153,6 +159,17 @@ def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
     )
 
 
+def output_directory(path: str) -> Path:
+    """The local directory that a flag names.
+
+    Raises:
+        OutputError: If it is a URL.
+    """
+    if "://" in path:
+        raise OutputError(f"{path}: only directories can be written. Mount the bucket, and give the directory.")
+    return Path(os.path.abspath(path))
+
+
 def _custom_metadata(settings: Settings, made: Plan) -> dict[str, Any]:
     """The step's custom metadata: `scan_layers` for MaxText, the rest for `verify` and for resuming."""
     return {
@@ -168,22 +185,44 @@ def _custom_metadata(settings: Settings, made: Plan) -> dict[str, Any]:
     }
 
 
-def _check_output(output: Path, made: Plan) -> None:
+def _check_output(output: Path, digest: str) -> None:
+    """Refuses an output directory that holds a finished checkpoint, or an unfinished one with another plan."""
     finished = orbax_checkpoint.finished_checkpoint(output)
     if finished is not None:
         raise OutputError(
             f"{finished}: there is a finished checkpoint already. Give another --base_output_directory, or remove it."
         )
     unfinished = orbax_checkpoint.unfinished_checkpoint(output)
-    if unfinished is None:
+    if unfinished is None or not orbax_checkpoint.has_data(unfinished):
         return
-    begun = _own_metadata(unfinished).get("plan")
-    if begun != made.digest and orbax_checkpoint.has_data(unfinished):
+    begun = _begun_plan(output)
+    if begun != digest:
         raise OutputError(
-            f"{unfinished}: an unfinished checkpoint with another plan is there (another source, other flags, or "
-            f"another version of slicecast; its plan is {str(begun)[:12]}, this one is {made.digest[:12]}). Run the "
+            f"{unfinished}: an unfinished checkpoint of another source, with other flags, or of another version of "
+            f"slicecast is there (begun as {str(begun)[:12]}, this is {digest[:12]}). Run the "
             "command that began it, give another --base_output_directory, or remove it."
         )
+
+
+def _begun_plan(output: Path) -> str | None:
+    """The digest of source and plan that the unfinished checkpoint in an output directory follows."""
+    try:
+        return (output / _PLAN_FILE).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _begin(output: Path, digest: str) -> None:
+    """Makes the output directory, and notes in it which source and plan it is for."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            # Renamed into place, so that it is whole whenever the run is killed.
+            written = output / f"{_PLAN_FILE}.new"
+            written.write_text(digest)
+            written.replace(output / _PLAN_FILE)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror}). Give another directory.") from error
 
 
 def _own_metadata(step: Path) -> Mapping[str, Any]:

@@ -1,17 +1,27 @@
 """The processes of a conversion: how they find each other, and what they must agree on before anything is written."""
 
+import contextlib
+import dataclasses
 import hashlib
+import os
 import secrets
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from slicecast.convert.errors import OutputError, UsageError
+from slicecast.convert.memory import Machine
 
 # What `jax.distributed.initialize()` says where nothing tells it of other processes: a machine on its own.
 _NO_CLUSTER = "coordinator_address should be defined"
+
+# A process that is silent for this long is taken for dead, and the others end too, to be started again. JAX waits for
+# 100 seconds by default; on spot machines, which vanish often, that is time that all others waste.
+_HEARTBEAT_SECONDS = 20
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -26,16 +36,40 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     given = [value is not None for value in (coordinator_address, num_processes, process_id)]
     if any(given) and not all(given):
         raise UsageError("--coordinator_address, --num_processes and --process_id belong together: give all or none.")
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise UsageError(f"--process_id={process_id} is not one of --num_processes={num_processes}: they count from 0.")
     if all(given):
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+        )
         return
     if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
         return
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except ValueError as error:
         if _NO_CLUSTER not in str(error):
             raise
+
+
+def end_alone(exit_code: int) -> NoReturn:
+    """Ends this process after an error, at once: a normal end would wait for processes that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def smallest(machine: Machine) -> Machine:
+    """The machine with the smallest budgets of all processes, so that all of them plan alike."""
+    if jax.process_count() == 1:
+        return machine
+    # As bytes, for JAX would make 32-bit numbers of them.
+    mine = np.array([machine.host_bytes, machine.device_bytes or 0], np.int64).view(np.uint8)
+    everyones = np.asarray(multihost_utils.process_allgather(mine)).view(np.int64)
+    host_bytes, device_bytes = (int(least) for least in everyones.min(axis=0))
+    return dataclasses.replace(
+        machine, host_bytes=host_bytes, device_bytes=None if machine.device_bytes is None else device_bytes
+    )
 
 
 def check_agreement(digest: str) -> None:
@@ -69,13 +103,14 @@ def check_shared(output: Path) -> None:
     token = np.asarray(multihost_utils.broadcast_one_to_all(token)).astype(np.uint8)
     witness = output / f".slicecast-{token.tobytes().hex()}"
     if jax.process_index() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        witness.touch()
+        with contextlib.suppress(OSError):  # Then nobody sees it, process 0 neither.
+            output.mkdir(parents=True, exist_ok=True)
+            witness.touch()
     multihost_utils.sync_global_devices("slicecast: witness written")
     seen = np.asarray(multihost_utils.process_allgather(np.array([witness.exists()])))
     multihost_utils.sync_global_devices("slicecast: witness seen")
     if jax.process_index() == 0:
-        witness.unlink()
+        witness.unlink(missing_ok=True)
     blind = [i for i, saw in enumerate(seen.reshape(-1)) if not saw]
     if blind:
         raise OutputError(

@@ -105,8 +105,7 @@ class _Resumable(ocp_path.atomicity.AtomicRenameTemporaryPath):  # type: ignore[
         temporary, final = self.get(), self.get_final()
         if final.exists() and not temporary.exists():
             final.rename(temporary)  # Killed after the item was renamed and before the step was.
-        # Orbax writes the step's metadata right after making its directory; without it nothing was begun.
-        if temporary.exists() and (temporary.name.startswith(ITEM) or read_custom_metadata(Path(temporary))):
+        if temporary.exists() and (temporary.name.startswith(ITEM) or has_data(Path(temporary))):
             (temporary / _COMMIT_FILE).unlink(missing_ok=True)
             return temporary
         return await super().create()
@@ -162,10 +161,7 @@ def require_finished(output: Path) -> Path:
 
 
 def read_custom_metadata(step: Path) -> Mapping[str, Any]:
-    """The custom metadata of a step, finished or not; empty where there is none.
-
-    Orbax writes this file when it begins a step, but has no public way to read it before the commit.
-    """
+    """The custom metadata of a finished step; empty where there is none."""
     try:
         custom = json.loads((step / _METADATA_FILE).read_text()).get("custom_metadata")
     except (FileNotFoundError, json.JSONDecodeError):
@@ -191,6 +187,7 @@ def save(
 
     Raises:
         IncompleteError: If chunks are missing at the end.
+        OutputError: If storage fails.
     """
     processes = ocp.options.MultiprocessingOptions(
         # Named processes make Orbax's barriers use the coordination service. Without, they are device collectives,
@@ -209,24 +206,28 @@ def save(
             temporary_path_class=temporary_path_class, multiprocessing_options=processes
         ),
     )
-    with ocp.AsyncCheckpointer(
+    checkpointer = ocp.AsyncCheckpointer(
         handler,
         async_options=ocp.options.AsyncOptions(timeout_secs=_TIMEOUT_SECONDS),
         temporary_path_class=temporary_path_class,
         multiprocessing_options=processes,
-    ) as checkpointer:
-        tree = _nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
-        checkpointer.save(
-            epath.Path(output) / STEP,
-            args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
-            custom_metadata=dict(custom_metadata),
-        )
-        try:
-            checkpointer.wait_until_finished()
-        except KeyboardInterrupt:
-            # Leaving the checkpointer waits for the conversion, which must therefore be told first.
-            stop()
-            raise
+    )
+    tree = _nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
+    try:
+        with checkpointer:
+            checkpointer.save(
+                epath.Path(output) / STEP,
+                args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
+                custom_metadata=dict(custom_metadata),
+            )
+            try:
+                checkpointer.wait_until_finished()
+            except KeyboardInterrupt:
+                # Leaving the checkpointer waits for the conversion, which must therefore be told first.
+                stop()
+                raise
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error}. Run the same command again: it goes on.") from error
 
 
 class _OpenHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
@@ -259,8 +260,12 @@ def open_arrays(output: Path) -> dict[str, ts.TensorStore]:
     step = require_finished(output)
     registry = ocp.type_handlers.create_type_handler_registry((ts.TensorStore, _OpenHandler()))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
-        tree = checkpointer.restore(epath.Path(step) / ITEM, args=ocp.args.PyTreeRestore())
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            tree = checkpointer.restore(epath.Path(step) / ITEM, args=ocp.args.PyTreeRestore())
+    except (OSError, KeyError, TypeError, ValueError) as error:  # What Orbax and TensorStore raise for damaged files.
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutputError(f"{step}: the checkpoint is damaged and cannot be opened: {cause}") from error
     return _flatten(tree)
 
 

@@ -76,7 +76,9 @@ class ProgressDisplay:
     def _line(self, now: float) -> str:
         elapsed = max(now - self._start, 1e-9)
         remaining = self._total_bytes - self._done_bytes
-        left = _duration(remaining * elapsed / self._out_bytes) if self._out_bytes else "?"
+        left = "?"
+        if self._out_bytes or not remaining:
+            left = _duration(remaining * elapsed / max(self._out_bytes, 1))
         return (
             f"{self._label}wave {self.waves}/{self._total_waves}"
             f"  in {self._in_bytes / GB:.2f} GB ({self._in_bytes / GB / elapsed:.2f} GB/s)"

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from slicecast.configs.families import deepseek, llama
-from slicecast.convert.errors import UnsupportedArchitectureError
+from slicecast.convert.errors import ConfigError, UnsupportedArchitectureError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Model
 
@@ -34,6 +34,8 @@ def recognize(config: Mapping[str, Any], model_name: str | None = None, rope_typ
         ConfigError: If a field is missing or has a value that the family's rules do not cover.
     """
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ConfigError(f"config.json: field 'architectures' is {architectures!r}; a list of names is expected.")
     for family in _FAMILIES:
         for architecture in architectures:
             if architecture in family.ARCHITECTURES:

@@ -33,6 +33,9 @@ from slicecast.convert.source.safetensors_header import (
 CONFIG = "config.json"
 # Where tools announce a quantization outside `config.json`: ModelOpt, AutoGPTQ, AutoAWQ.
 SIDE_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# Parts of each file that `sample_contents` reads, evenly spread, and their length in bytes.
+SAMPLES = 8
+SAMPLE_BYTES = 4096
 # Headers in memory at once. Each of Kimi-K2.6's is 0.5 MB; the format allows 100 MB.
 FILES_AT_ONCE = 8
 
@@ -59,6 +62,22 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def sample_contents(checkpoint: Checkpoint) -> str:
+    """SHA-256, in hexadecimal, of a few small parts of each file.
+
+    It tells checkpoints apart that have the same headers, such as two steps of one training. It reads 32 KiB a file.
+    """
+    sha = hashlib.sha256()
+    reader = Reader(checkpoint.path)
+    for file, size in checkpoint.file_sizes.items():
+        step = max(size // SAMPLES, 1)
+        starts = range(0, size, step)
+        spans = [Span(file, start, min(SAMPLE_BYTES, size - start)) for start in starts]
+        for data in reader.read(spans):
+            sha.update(data.tobytes())
+    return sha.hexdigest()
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -1,0 +1,654 @@
+"""Recognizing models from `config.json`: MaxText's leaves, exactly, and every decision and refusal on the way."""
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import pytest
+
+from slicecast.configs import families, maxtext
+from slicecast.convert.errors import ConfigError, SlicecastError, TargetError, UnsupportedArchitectureError
+from slicecast.convert.mapping import ops
+from slicecast.convert.mapping.ops import InterleaveHalves, Scale, Split, Transpose
+from slicecast.convert.mapping.rules import Model, Rule
+from slicecast.convert.mapping.target import Layout, Leaf, leaves
+
+Config = dict[str, Any]
+
+# The published config.json files, without fields that only say how to run the model.
+DEEPSEEK_V3: Config = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+KIMI_K2: Config = DEEPSEEK_V3 | {
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+    "rope_theta": 50000.0,
+    "vocab_size": 163840,
+}
+DEEPSEEK_V2_LITE: Config = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+    "tie_word_embeddings": False,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+LLAMA_2_7B: Config = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+LLAMA_3_8B: Config = LLAMA_2_7B | {
+    "attention_bias": False,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+LLAMA_3_1_8B: Config = LLAMA_3_8B | {
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+LLAMA_3_1_70B: Config = LLAMA_3_1_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+LLAMA_3_1_405B: Config = LLAMA_3_1_8B | {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 126,
+}
+LLAMA_3_3_70B: Config = LLAMA_3_1_70B | {"head_dim": 128}
+MISTRAL_7B: Config = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+LLAMA_3_2_1B: Config = LLAMA_3_1_8B | {
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "tie_word_embeddings": True,
+}
+
+# MaxText's name of each model that there is a snapshot of.
+CONFIGS: dict[str, Config] = {
+    "deepseek2-16b": DEEPSEEK_V2_LITE,
+    "deepseek3-671b": DEEPSEEK_V3,
+    "kimi-k2-1t": KIMI_K2,
+    "llama2-7b": LLAMA_2_7B,
+    "llama3-8b": LLAMA_3_8B,
+    "llama3.1-405b": LLAMA_3_1_405B,
+    "llama3.1-70b": LLAMA_3_1_70B,
+    "llama3.1-8b": LLAMA_3_1_8B,
+    "llama3.3-70b": LLAMA_3_3_70B,
+    "mistral-7b": MISTRAL_7B,
+}
+
+# Kimi-K2.5 and K2.6: the text model in a wrapper.
+KIMI_K26: Config = {
+    "architectures": ["KimiK25ForConditionalGeneration"],
+    "model_type": "kimi_k25",
+    "text_config": {key: value for key, value in KIMI_K2.items() if key != "architectures"},
+    "vision_config": {"vt_hidden_size": 1152},
+    "tie_word_embeddings": False,
+}
+
+PARAMETERS = {  # As the publishers count them, within what their names say.
+    "deepseek2-16b": 15.7e9,
+    "deepseek3-671b": 671e9,
+    "kimi-k2-1t": 1026e9,
+    "llama2-7b": 6.74e9,
+    "llama3-8b": 8.03e9,
+    "llama3.1-405b": 406e9,
+    "llama3.1-70b": 70.6e9,
+    "llama3.1-8b": 8.03e9,
+    "llama3.3-70b": 70.6e9,
+    "mistral-7b": 7.24e9,
+}
+
+
+def target(model: Model, layout: Layout) -> dict[str, Leaf]:
+    """The leaves by path; no path twice."""
+    found = [leaf for rule in model.rules for leaf in leaves(rule, layout)]
+    assert len({leaf.path for leaf in found}) == len(found)
+    return {leaf.path: leaf for leaf in found}
+
+
+def rule(model: Model, suffix: str) -> Rule:
+    (found,) = [rule for rule in model.rules if rule.target.endswith(suffix)]
+    return found
+
+
+def snapshot(model_name: str, scan_layers: bool) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    """MaxText's leaves, read from the file without the module under test: path on disk to shape and axes."""
+    folder = resources.files(maxtext) / maxtext.VERSION
+    tree = json.loads((folder / f"{model_name}.json").read_text())["scanned" if scan_layers else "unscanned"]
+    found = {}
+    for pattern, (shape, axes, *count) in tree.items():
+        path = "params/params/" + pattern.split("/", 1)[1]
+        assert ("{}" in path) <= (not scan_layers)
+        for layer in range(count[0] if count else 1):
+            found[path.replace("{}", str(layer))] = (tuple(shape), tuple(axes))
+    return found
+
+
+# ---- MaxText's trees
+
+
+def test_there_is_a_config_for_every_snapshot() -> None:
+    assert maxtext.model_names() == sorted(CONFIGS)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
+@pytest.mark.parametrize("model_name", CONFIGS)
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_leaves_are_exactly_those_of_maxtext(model_name: str, scan_layers: bool, named: bool) -> None:
+    layout = Layout(scan_layers)
+    found = target(families.recognize(CONFIGS[model_name], model_name if named else None), layout)
+    assert {path: (leaf.shape, leaf.axes) for path, leaf in found.items()} == snapshot(model_name, scan_layers)
+    for path, leaf in found.items():
+        assert leaf.name == path.replace("/", ".")
+        assert leaf.dtype == ("float32" if path.endswith("/gate/bias") else "bfloat16")
+    maxtext.check(model_name, layout, found.values())
+
+
+@pytest.mark.parametrize("model_name", CONFIGS)
+def test_parameters_are_as_many_as_published(model_name: str) -> None:
+    model = families.recognize(CONFIGS[model_name])
+    for scan_layers in (True, False):
+        total = 0
+        for leaf in target(model, Layout(scan_layers)).values():
+            size = 1
+            for extent in leaf.shape:
+                size *= extent
+            total += size
+        assert abs(total / PARAMETERS[model_name] - 1) < 0.01
+
+
+@pytest.mark.parametrize("model_name", CONFIGS)
+def test_each_rule_fits_its_tensor(model_name: str) -> None:
+    for each in families.recognize(CONFIGS[model_name]).rules:
+        element = ops.target_shape(each.ops, each.shape)
+        assert len(each.axes) == len(element)
+        assert ops.target_shape(ops.invert(each.ops, each.shape), element) == each.shape
+        assert each.dtype in (None, "float32")
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
+@pytest.mark.parametrize("model_name", CONFIGS)
+def test_every_source_tensor_is_read_once(model_name: str, scan_layers: bool) -> None:
+    """The names, against a list written independently of the rules."""
+    config = CONFIGS[model_name]
+    model = families.recognize(config)
+    names = []
+    for leaf in target(model, Layout(scan_layers)).values():
+        counts = [range(stack.size) for _, stack in leaf.stacked]
+        grid: list[tuple[int, ...]] = [()]
+        for count in counts:
+            grid = [(*head, i) for head in grid for i in count]
+        names += [leaf.source(coordinate) for coordinate in grid]
+    assert sorted(names) == sorted(source_names(config))
+
+
+def source_names(config: Config) -> list[str]:
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if "kv_lora_rank" in config:
+        query = ["q_proj"] if config["q_lora_rank"] is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
+        attention = [*query, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
+    for layer in range(config["num_hidden_layers"]):
+        here = f"model.layers.{layer}"
+        names += [f"{here}.input_layernorm.weight", f"{here}.post_attention_layernorm.weight"]
+        names += [f"{here}.self_attn.{part}.weight" for part in attention]
+        blocks = [""]
+        if "n_routed_experts" in config and layer >= config["first_k_dense_replace"]:
+            blocks = ["shared_experts.", *(f"experts.{e}." for e in range(config["n_routed_experts"]))]
+            names.append(f"{here}.mlp.gate.weight")
+            if config["topk_method"] == "noaux_tc":
+                names.append(f"{here}.mlp.gate.e_score_correction_bias")
+        names += [f"{here}.mlp.{b}{p}_proj.weight" for b in blocks for p in ("gate", "up", "down")]
+    return names
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_scan_axis_is_where_it_is_asked_for(axis: int) -> None:
+    """Of every leaf but the router's bias, whose layers MaxText always has first; experts stay in front."""
+    found = target(families.recognize(KIMI_K2), Layout(True, axis))
+    root = "params/params/decoder/moe_layers"
+    assert found[f"{root}/self_attention/wq_a/kernel"].shape == ((60, 7168, 1536) if axis == 0 else (7168, 60, 1536))
+    assert found[f"{root}/DeepSeekMoeBlock_0/MoeBlock_0/gate/bias"].shape == (60, 384)
+    experts = found[f"{root}/DeepSeekMoeBlock_0/MoeBlock_0/wo"]
+    assert experts.shape == ((60, 384, 2048, 7168) if axis == 0 else (384, 60, 2048, 7168))
+    assert experts.source((7, 300) if axis == 0 else (300, 7)) == "model.layers.8.mlp.experts.300.down_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_save_dtype_is_that_of_all_but_the_routers_bias(dtype: str) -> None:
+    found = target(families.recognize(KIMI_K2), Layout(True, 1, dtype))
+    assert {leaf.dtype for path, leaf in found.items() if not path.endswith("bias")} == {dtype}
+    assert {leaf.dtype for path, leaf in found.items() if path.endswith("bias")} == {"float32"}
+
+
+# ---- DeepSeek and Kimi
+
+
+def test_the_wrapper_has_the_same_leaves_under_a_prefix() -> None:
+    plain, wrapped = families.recognize(KIMI_K2), families.recognize(KIMI_K26)
+    for scan_layers in (True, False):
+        inner, outer = (target(model, Layout(scan_layers)) for model in (plain, wrapped))
+        assert [(p, leaf.shape, leaf.axes) for p, leaf in outer.items()] == [
+            (p, leaf.shape, leaf.axes) for p, leaf in inner.items()
+        ]
+    assert [each.source for each in wrapped.rules] == [f"language_model.{each.source}" for each in plain.rules]
+    assert [each.ops for each in wrapped.rules] == [each.ops for each in plain.rules]
+
+
+def reasons(config: Config, name: str) -> list[str]:
+    return [ignore.why for ignore in families.recognize(config).ignores if ignore.matches(name)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.encoder.blocks.0.wqkv.weight",
+        "vision_tower.patch_embed.pos_emb.weight",
+        "mm_projector.proj.0.weight",
+        "multi_modal_projector.linear_1.bias",
+    ],
+)
+def test_only_the_wrapper_leaves_vision_out(name: str) -> None:
+    (why,) = reasons(KIMI_K26, name)
+    assert "text only" in why
+    assert reasons(KIMI_K2, name) == []
+    assert reasons(KIMI_K26, f"language_model.{name}") == []
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_multi_token_prediction_layers_are_left_out(prefix: str) -> None:
+    config = DEEPSEEK_V3
+    if prefix:
+        config = KIMI_K26 | {"text_config": KIMI_K26["text_config"] | {"num_nextn_predict_layers": 1}}
+    for tail in ("eh_proj.weight", "embed_tokens.weight", "mlp.experts.3.up_proj.weight", "shared_head.norm.weight"):
+        (why,) = reasons(config, f"{prefix}model.layers.61.{tail}")
+        assert "multi-token prediction" in why
+        assert reasons(config, f"{prefix}model.layers.60.{tail}") == []
+        assert reasons(config, f"{prefix}model.layers.610.{tail}") == []
+        assert reasons(config, f"{prefix}model.layers.62.{tail}") == []
+    assert reasons(KIMI_K2, "model.layers.61.eh_proj.weight") == []
+
+
+def test_each_of_several_prediction_layers_is_left_out() -> None:
+    config = DEEPSEEK_V3 | {"num_nextn_predict_layers": 2}
+    found = [len(reasons(config, f"model.layers.{layer}.enorm.weight")) for layer in (59, 60, 61, 62, 63)]
+    assert found == [0, 0, 1, 1, 0]
+
+
+def test_no_weight_of_the_model_is_ignored() -> None:
+    for config in (*CONFIGS.values(), KIMI_K26):
+        model = families.recognize(config)
+        for each in model.rules:
+            name = each.source.format(layer=0, expert=0)
+            assert [ignore.why for ignore in model.ignores if ignore.matches(name)] == []
+    assert reasons(KIMI_K2, "model.layers.3.self_attn.rotary_emb.inv_freq") != []
+
+
+def test_only_dense_or_only_expert_layers() -> None:
+    dense = target(families.recognize(KIMI_K2 | {"first_k_dense_replace": 61}), Layout(True))
+    assert not [path for path in dense if "moe_layers" in path]
+    assert dense["params/params/decoder/dense_layers/mlp/wi_0/kernel"].shape == (7168, 61, 18432)
+    experts = target(families.recognize(KIMI_K2 | {"first_k_dense_replace": 0}), Layout(True))
+    assert not [path for path in experts if "dense_layers" in path]
+    assert experts["params/params/decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/wo"].shape == (384, 61, 2048, 7168)
+
+
+def test_expert_layers_begin_after_the_dense_ones() -> None:
+    found = target(families.recognize(DEEPSEEK_V3), Layout(False))
+    names = [found[f"params/params/decoder/{name}/self_attention/wq_a/kernel"].source(()) for name in
+             ("dense_layers_0", "dense_layers_2", "moe_layers_0", "moe_layers_57")]  # fmt: skip
+    assert names == [f"model.layers.{layer}.self_attn.q_a_proj.weight" for layer in (0, 2, 3, 60)]
+
+
+# ---- Llama
+
+
+def test_tied_weights_are_written_twice() -> None:
+    """All of MaxText's Llama models have an output layer of their own."""
+    model = families.recognize(LLAMA_3_2_1B)
+    embedding, head = rule(model, "token_embedder/embedding"), rule(model, "logits_dense/kernel")
+    assert embedding.source == head.source == "model.embed_tokens.weight"
+    assert ops.target_shape(head.ops, head.shape) == (2048, 128256)
+    assert len(reasons(LLAMA_3_2_1B, "lm_head.weight")) == 1
+    assert rule(families.recognize(LLAMA_3_1_8B), "logits_dense/kernel").source == "lm_head.weight"
+    assert reasons(LLAMA_3_1_8B, "lm_head.weight") == []
+
+
+def test_the_head_dim_of_the_config_counts() -> None:
+    model = families.recognize(LLAMA_3_2_1B | {"head_dim": 96})
+    query = rule(model, "query/kernel")
+    assert query.shape == (32 * 96, 2048)
+    assert ops.target_shape(query.ops, query.shape) == (2048, 32, 96)
+    assert Scale(96**-0.5) in query.ops
+    assert rule(families.recognize(LLAMA_3_2_1B | {"head_dim": None}), "query/kernel").shape == (2048, 2048)
+
+
+def test_as_many_key_heads_as_query_heads_unless_told_otherwise() -> None:
+    config = {key: value for key, value in LLAMA_2_7B.items() if key != "num_key_value_heads"}
+    assert rule(families.recognize(config), "key/kernel").shape == (4096, 4096)
+
+
+ROPE3 = LLAMA_3_1_8B["rope_scaling"]
+OLD_ROPE3 = {"type": "llama3", "factor": 8.0}
+HAS, HAS_NOT = "config.json has that scaling", "config.json has no special rotary embedding"
+LEFT_OUT = "leaves out the frequency scaling"
+
+
+@pytest.mark.parametrize(
+    ("fields", "model_name", "rope_type", "interleaved", "note"),
+    [
+        ({"rope_scaling": ROPE3}, None, None, True, HAS),
+        ({"rope_scaling": OLD_ROPE3}, None, None, True, HAS),
+        ({"rope_parameters": ROPE3}, None, None, True, HAS),
+        ({"rope_parameters": ROPE3, "rope_scaling": None}, None, None, True, HAS),
+        ({"rope_scaling": None}, None, None, False, HAS_NOT),
+        ({}, None, None, False, HAS_NOT),
+        ({"rope_parameters": {"rope_type": "default"}}, None, None, False, HAS_NOT),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None, None, False, HAS_NOT),
+        ({"rope_scaling": ROPE3}, "llama3.1-8b", None, True, "--model_name=llama3.1-8b"),
+        ({"rope_scaling": None}, "llama3.1-8b", None, True, "--model_name=llama3.1-8b"),
+        ({"rope_scaling": None}, "llama3.1-70b", None, True, "--model_name=llama3.1-70b"),
+        # The name decides before the type, as in MaxText.
+        ({"rope_scaling": None}, "llama3.1-8b", "default", True, "--model_name=llama3.1-8b and --rope_type=default"),
+        ({"rope_scaling": None}, "llama3-8b", None, False, "--model_name=llama3-8b"),
+        ({"rope_scaling": None}, "mistral-7b", None, False, "--model_name=mistral-7b"),
+        ({"rope_scaling": ROPE3}, "llama3.3-70b", None, False, LEFT_OUT),
+        ({"rope_parameters": ROPE3}, "llama3.3-70b", None, False, LEFT_OUT),
+        (
+            {"rope_scaling": ROPE3},
+            "llama3.3-70b",
+            "llama3.1",
+            True,
+            "--model_name=llama3.3-70b and --rope_type=llama3.1",
+        ),
+        ({"rope_scaling": None}, None, "llama3.1", True, "--rope_type=llama3.1"),
+        ({"rope_scaling": None}, None, "default", False, "--rope_type=default"),
+        ({"rope_scaling": ROPE3}, None, "default", False, LEFT_OUT),
+    ],
+)
+def test_the_rotary_layout(
+    fields: Config, model_name: str | None, rope_type: str | None, interleaved: bool, note: str
+) -> None:
+    config = {key: value for key, value in LLAMA_3_8B.items() if key != "rope_scaling"} | fields
+    model = families.recognize(config, model_name, rope_type)
+    scale = Scale(128**-0.5)
+    rotary = (InterleaveHalves(),) if interleaved else ()
+    for part, heads, tail in (("query", 32, (*rotary, scale)), ("key", 8, rotary), ("value", 8, ())):
+        assert rule(model, f"{part}/kernel").ops == (Transpose(), Split(1, (heads, 128)), *tail)
+    (found,) = model.notes
+    assert note in found
+    assert ("llama3.1" in found) == (interleaved or note == LEFT_OUT)
+    assert (LEFT_OUT in found) == (note == LEFT_OUT)
+
+
+def test_only_queries_are_scaled() -> None:
+    for config in (*CONFIGS.values(), KIMI_K26):
+        scaled = {
+            each.target for each in families.recognize(config).rules if any(isinstance(op, Scale) for op in each.ops)
+        }
+        assert scaled == (set() if "kv_lora_rank" in str(config) else {"decoder/{layers}/self_attention/query/kernel"})
+
+
+# ---- Refusals
+
+
+def test_unknown_architectures() -> None:
+    for value in (None, [], ["GptOssForCausalLM"], ["Foo", "Bar"]):
+        with pytest.raises(UnsupportedArchitectureError) as error:
+            families.recognize(LLAMA_2_7B | {"architectures": value})
+        for name in (*(value or ["(none given)"]), *families.supported_architectures()):
+            assert name in str(error.value)
+    with pytest.raises(UnsupportedArchitectureError):
+        families.recognize({})
+
+
+@pytest.mark.parametrize("value", ["LlamaForCausalLM", 7, {"a": 1}, [["LlamaForCausalLM"]]], ids=str)
+def test_architectures_that_are_no_list_of_names(value: Any) -> None:
+    with pytest.raises(SlicecastError) as error:
+        families.recognize(LLAMA_2_7B | {"architectures": value})
+    assert "architecture" in str(error.value)
+
+
+def test_one_known_architecture_among_others_is_enough() -> None:
+    assert families.recognize(LLAMA_2_7B | {"architectures": ["Foo", "LlamaForCausalLM"]}).family == "llama"
+
+
+REQUIRED = {
+    "llama": (
+        LLAMA_2_7B,
+        ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"],
+    ),
+    "deepseek": (
+        DEEPSEEK_V3,
+        [
+            "hidden_size",
+            "intermediate_size",
+            "kv_lora_rank",
+            "moe_intermediate_size",
+            "n_routed_experts",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "vocab_size",
+        ],
+    ),
+}
+REQUIRED_FIELDS = [(family, field) for family, (_, fields) in REQUIRED.items() for field in fields]
+
+
+@pytest.mark.parametrize(("family", "field"), REQUIRED_FIELDS)
+def test_missing_fields_are_named(family: str, field: str) -> None:
+    config = REQUIRED[family][0]
+    for broken in ({key: value for key, value in config.items() if key != field}, config | {field: None}):
+        with pytest.raises(ConfigError, match=f"field '{field}'"):
+            families.recognize(broken)
+
+
+@pytest.mark.parametrize("value", ["4096", True, -1, 1.5, [4096], {}], ids=str)
+@pytest.mark.parametrize(("family", "field"), REQUIRED_FIELDS)
+def test_fields_with_other_values_are_named(family: str, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"field '{field}'"):
+        families.recognize(REQUIRED[family][0] | {field: value})
+
+
+@pytest.mark.parametrize(("family", "field"), REQUIRED_FIELDS)
+def test_sizes_of_zero_are_named(family: str, field: str) -> None:
+    """`HfConfig.integer` reads "a positive integer field"; a size of zero is no model."""
+    with pytest.raises(ConfigError, match=f"field '{field}'"):
+        families.recognize(REQUIRED[family][0] | {field: 0})
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (LLAMA_2_7B, "num_key_value_heads", 0),
+        (LLAMA_2_7B, "num_key_value_heads", "8"),
+        (LLAMA_2_7B, "head_dim", 0),
+        (LLAMA_2_7B, "head_dim", 128.0),
+        (LLAMA_2_7B, "attention_bias", True),
+        (LLAMA_2_7B, "mlp_bias", True),
+        (LLAMA_2_7B, "tie_word_embeddings", "false"),
+        (LLAMA_2_7B, "rope_scaling", "llama3"),
+        (LLAMA_2_7B, "rope_parameters", [1]),
+        (DEEPSEEK_V3, "moe_layer_freq", 2),
+        (DEEPSEEK_V3, "attention_bias", True),
+        (DEEPSEEK_V3, "q_lora_rank", "1536"),
+        (DEEPSEEK_V3, "first_k_dense_replace", -1),
+        (DEEPSEEK_V3, "num_nextn_predict_layers", True),
+        (DEEPSEEK_V3, "n_shared_experts", "1"),
+        (DEEPSEEK_V3, "tie_word_embeddings", 1),
+        (KIMI_K26, "text_config", "text"),
+    ],
+)
+def test_values_that_no_rule_covers_are_named(config: Config, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"field '{field}'"):
+        families.recognize(config | {field: value})
+
+
+def test_errors_in_the_wrapped_config_say_where() -> None:
+    text = {key: value for key, value in KIMI_K26["text_config"].items() if key != "hidden_size"}
+    with pytest.raises(ConfigError, match=r"config\.json, text_config: field 'hidden_size'"):
+        families.recognize(KIMI_K26 | {"text_config": text})
+
+
+# ---- The check against MaxText
+
+
+def check(model_name: str, found: Mapping[str, Leaf], layout: Layout = Layout(True)) -> str:  # noqa: B008
+    """The message with which a set of leaves is refused."""
+    with pytest.raises(TargetError) as error:
+        maxtext.check(model_name, layout, found.values())
+    assert f"--model_name={model_name}" in str(error.value)
+    assert "--override_model_config" in str(error.value)
+    return str(error.value)
+
+
+def llama_leaves() -> dict[str, Leaf]:
+    return target(families.recognize(LLAMA_3_1_8B), Layout(True))
+
+
+def test_missing_leaves_are_reported() -> None:
+    found = llama_leaves()
+    del found["params/params/decoder/logits_dense/kernel"]
+    message = check("llama3.1-8b", found)
+    assert "1 leaves differ" in message
+    assert "'params/params/decoder/logits_dense/kernel' is missing" in message
+
+
+def test_surplus_leaves_are_reported() -> None:
+    found = llama_leaves()
+    extra = Rule("x", (3,), "decoder/extra", (), ("norm",))
+    found["extra"] = leaves(extra, Layout(True))[0]
+    message = check("llama3.1-8b", found)
+    assert "1 leaves differ" in message
+    assert "'params/params/decoder/extra' is not in MaxText's model" in message
+
+
+def test_misshapen_leaves_are_reported() -> None:
+    found = target(families.recognize(LLAMA_3_1_8B | {"vocab_size": 128257}), Layout(True))
+    message = check("llama3.1-8b", found)
+    assert "2 leaves differ" in message
+    assert (
+        "'params/params/token_embedder/embedding' is [128257, 4096], in MaxText's model it is [128256, 4096]" in message
+    )
+
+
+def test_another_models_name_is_reported_briefly() -> None:
+    message = check("llama2-7b", target(families.recognize(KIMI_K2), Layout(False)), Layout(False))
+    assert len(message) < 2000
+
+
+@pytest.mark.parametrize("model_name", ["llama3.1-9b", "", "../0.2.5/llama2-7b", "llama2-7b.json"])
+def test_unknown_model_names(model_name: str) -> None:
+    with pytest.raises(TargetError) as error:
+        maxtext.check(model_name, Layout(True), [])
+    for known in maxtext.model_names():
+        assert known in str(error.value)
+
+
+def test_a_model_with_its_layers_in_front_fits_too() -> None:
+    layout = Layout(True, 0)
+    maxtext.check("kimi-k2-1t", layout, target(families.recognize(KIMI_K2), layout).values())
+    check("llama3.1-8b", target(families.recognize(LLAMA_3_8B | {"vocab_size": 32000}), layout), layout)
+
+
+@pytest.mark.parametrize(("model_name", "other"), [("llama3.1-70b", LLAMA_3_1_8B), ("deepseek3-671b", KIMI_K2)])
+def test_the_size_must_be_that_of_the_name(model_name: str, other: Config) -> None:
+    for layout in (Layout(True), Layout(False), Layout(True, 0)):
+        check(model_name, target(families.recognize(other), layout), layout)
