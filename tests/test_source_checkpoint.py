@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
 from slicecast.convert.errors import (
     ConfigError,
     DuplicateTensorError,

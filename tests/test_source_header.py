@@ -11,6 +11,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
+
 from slicecast.convert.errors import (
     DuplicateTensorError,
     HeaderError,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from slicecast.convert.errors import ReadError
 from slicecast.convert.source import reader as module
 from slicecast.convert.source.reader import MAX_BUFFERS, MAX_REQUEST_BYTES, Reader, Span, open_store, plan_requests
