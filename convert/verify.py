@@ -100,7 +100,8 @@ def _difference(found: Array, expected: Array, work: WorkBox) -> tuple[int, str]
     unequal = found.view(bits) != np.ascontiguousarray(expected).view(bits)
     if not unequal.any():
         return 0, ""
-    mine, theirs = found[unequal].astype(np.float64), expected[unequal].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaNs are compared too.
+        mine, theirs = found[unequal].astype(np.float64), expected[unequal].astype(np.float64)
     same = np.isnan(mine) & np.isnan(theirs)
     if _computes(work):
         flushed = (mine == 0) & (np.abs(theirs) < _SMALLEST_NORMAL) & (np.signbit(mine) == np.signbit(theirs))
@@ -110,7 +111,7 @@ def _difference(found: Array, expected: Array, work: WorkBox) -> tuple[int, str]
         return 0, ""
     first = int(np.flatnonzero(~same)[0])
     where = [int(axis[first]) + start for axis, start in zip(np.nonzero(unequal), work.box.start, strict=True)]
-    return count, f"the first is at {where}: {mine[first]!r}, expected {theirs[first]!r}"
+    return count, f"the first is at {where}: {float(mine[first])!r}, expected {float(theirs[first])!r}"
 
 
 def _computes(work: WorkBox) -> bool:
@@ -164,7 +165,7 @@ def _layout(ops: Sequence[Op], x: Array) -> Array:
             case Transpose():
                 x = x.T
             case Split(axis, sizes):
-                x = x.reshape(x.shape[:axis] + (-1, *sizes[1:]) + x.shape[axis + 1 :])
+                x = x.reshape(x.shape[:axis] + _run(x.shape[axis], sizes) + x.shape[axis + 1 :])
             case Merge(axis, count):
                 x = x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + count :])
             case InterleaveHalves():
@@ -174,10 +175,17 @@ def _layout(ops: Sequence[Op], x: Array) -> Array:
             case DeinterleaveHalves():
                 x = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
             case Scale(factor):
-                x = np.multiply(x.astype(np.float32), np.float32(factor))
+                with np.errstate(invalid="ignore"):
+                    x = np.multiply(x.astype(np.float32), np.float32(factor))
             case _:
                 raise TypeError(f"verify does not know the op {op}")
     return x
+
+
+def _run(length: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a row-major run of so many elements of an array of these sizes."""
+    inner = math.prod(sizes[1:])
+    return (length // inner, *sizes[1:]) if length % inner == 0 else (1, *_run(length, sizes[1:]))
 
 
 def _decode(directory: str, tensor: StoredTensor, start: int, stop: int) -> Array:

@@ -306,7 +306,7 @@ def test_processes_with_different_budgets(slicecast: Any, kimi: Path, tmp_path: 
     output = tmp_path / "output"
     arguments = [f"--hf_model_path={kimi}", f"--base_output_directory={output}"]
     extra = {0: ["--host_memory_gb=0.01"], 1: ["--host_memory_gb=0.05"]}
-    done = slicecast.run_processes(*arguments, extra=extra, check=False, timeout=60)
+    done = slicecast.run_processes(*arguments, extra=extra, check=False, timeout=90)
     if all(one.returncode == 2 for one in done):
         assert all(one.stderr.splitlines()[-1].startswith("slicecast: UsageError: ") for one in done)
         assert not output.exists()
@@ -321,7 +321,7 @@ def test_a_process_that_fails_ends_all(slicecast: Any, kimi: Path, tmp_path: Pat
     output = tmp_path / "output"
     arguments = [f"--hf_model_path={kimi}", f"--base_output_directory={output}", "--host_memory_gb=0.01"]
     done = slicecast.run_processes(
-        *arguments, environments={failing: {"FAILS": "1"}}, prelude=FAIL, check=False, timeout=40
+        *arguments, environments={failing: {"FAILS": "1"}}, prelude=FAIL, check=False, timeout=90
     )
     assert done[failing].returncode == 1
     assert done[1 - failing].returncode != 0

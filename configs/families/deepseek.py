@@ -25,7 +25,7 @@ def model(config: HfConfig, architecture: str, model_name: str | None, rope_type
     text.refuse("moe_layer_freq", 1, why="MaxText has an expert block in every layer after the dense ones.")
     text.refuse("attention_bias", False, why="MaxText's DeepSeek attention has no bias.")
     layers = text.integer("num_hidden_layers")
-    dense = min(text.integer("first_k_dense_replace", 0), layers)
+    dense = min(text.integer("first_k_dense_replace", 0, least=0), layers)
     return Model(
         family="deepseek",
         description=(
@@ -210,14 +210,14 @@ def _experts(c: HfConfig, prefix: str, stack: Stack, *, has_router_bias: bool) -
         ("mlp_moe", "embed_moe"),
         (stack, experts),
     )
-    shared = c.integer("n_shared_experts", 0)
+    shared = c.integer("n_shared_experts", 0, least=0)
     if shared:
         yield from _mlp(f"{source}.shared_experts", f"{target}/shared_experts", hidden, shared * intermediate, stack)
 
 
 def _ignores(c: HfConfig, prefix: str, layers: int) -> Iterator[Ignore]:
     yield Ignore(r".*\.rotary_emb\.inv_freq", "rotary frequencies are computed from the config")
-    for extra in range(c.integer("num_nextn_predict_layers", 0)):
+    for extra in range(c.integer("num_nextn_predict_layers", 0, least=0)):
         yield Ignore(
             rf"{prefix}model\.layers\.{layers + extra}\..*",
             "multi-token prediction layers are not converted",

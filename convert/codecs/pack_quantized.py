@@ -10,10 +10,12 @@ Format, as the compressed-tensors library writes it, for a logical weight `[out,
 `W[r, c] = (stored(r, c) - 8) * scale[r, c // group_size]`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -62,6 +64,10 @@ class PackQuantizedInt4:
     ) -> jax.Array:
         """Parts are the packed words as bytes, `uint8[batch, rows, bytes]`, and `scale[batch, rows, groups]`."""
         packed, scale = parts
+        # The last group may end within the last word, but the kernel takes whole groups: pad to where both end.
+        missing = -packed.shape[2] % (math.lcm(2, self.group_size) // 2)
+        packed = jnp.pad(packed, ((0, 0), (0, 0), (0, missing)))
+        scale = jnp.pad(scale, ((0, 0), (0, 0), (0, 2 * packed.shape[2] // self.group_size - scale.shape[2])))
         x = int4_grouped.dequantize(
             packed, scale, group_size=self.group_size, dtype=dtype, implementation=implementation
         )[:, : self.columns]

@@ -40,7 +40,7 @@ def read(config: Mapping[str, Any]) -> QuantizationConfig | None:
     layout = str(found.get("format"))
     description = f"{method} {layout}"
     groups = found.get("config_groups")
-    schemes = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
+    schemes = [_weights(group) for group in groups.values()] if isinstance(groups, Mapping) else []
     if layout != "pack-quantized" or not schemes:
         return QuantizationConfig(description, None, refusal=f"'{description}'")
     for scheme in schemes:
@@ -56,3 +56,9 @@ def read(config: Mapping[str, Any]) -> QuantizationConfig | None:
             return QuantizationConfig(description, None, refusal=f"'{description}' ({detail})")
     sizes = {scheme.get("group_size") for scheme in schemes if scheme.get("strategy") == "group"}
     return QuantizationConfig(description, sizes.pop() if len(sizes) == 1 else None, refusal=None)
+
+
+def _weights(group: Any) -> Mapping[str, Any]:
+    """What a group says about weights; nothing, which no codec covers, where it makes no sense."""
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    return weights if isinstance(weights, Mapping) else {}

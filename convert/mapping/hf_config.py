@@ -18,13 +18,15 @@ class HfConfig:
         self.values = values
         self.where = where
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A positive integer field, or the default where it is absent or null; `ConfigError` otherwise."""
+    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer field of `least` or more, or the default where it is absent or null; `ConfigError` otherwise."""
         value = self.values.get(name)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"{self.where}: field '{name}' is {value!r}; a whole number is expected. {_REMEDY}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(
+                f"{self.where}: field '{name}' is {value!r}; a whole number from {least} on is expected. {_REMEDY}"
+            )
         return value
 
     def optional_integer(self, name: str) -> int | None:

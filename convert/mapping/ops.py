@@ -11,6 +11,7 @@ planned on shapes alone, cut into boxes, traced by JAX, and inverted:
 * `invert(source)`: the op that undoes this one, for a source array of this shape.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -124,19 +125,17 @@ class Merge:
         return source[: self.axis] + (product,) + source[self.axis + self.count :]
 
     def source_box(self, box: Box, source: Shape) -> Box:
-        """A run of the merged axis is a box of the source if it covers whole rows of its inner axes."""
-        inner = 1
-        for size in source[self.axis + 1 : self.axis + self.count]:
-            inner *= size
+        """A run of the merged axis is a box of the source if all axes after the first that it crosses are whole."""
         low, high = box.start[self.axis], box.stop[self.axis]
-        if low % inner or high % inner:
-            raise ValueError(f"{box} cuts through the inner axes of {list(source)}, merged from axis {self.axis}")
-        zeros = (0,) * (self.count - 1)
-        whole = source[self.axis + 1 : self.axis + self.count]
-        return Box(
-            box.start[: self.axis] + (low // inner,) + zeros + box.start[self.axis + 1 :],
-            box.stop[: self.axis] + (high // inner,) + whole + box.stop[self.axis + 1 :],
-        )
+        start, stop = box.start[: self.axis], box.stop[: self.axis]
+        for axis in range(self.axis, self.axis + self.count):
+            inner = math.prod(source[axis + 1 : self.axis + self.count])
+            first, last = low // inner, (high - 1) // inner
+            if first != last and (low % inner or high % inner):
+                raise ValueError(f"{box} cuts through the inner axes of {list(source)}, merged from axis {self.axis}")
+            start, stop = start + (first,), stop + (last + 1,)
+            low, high = (low % inner, (high - 1) % inner + 1) if first == last else (0, inner)
+        return Box(start + box.start[self.axis + 1 :], stop + box.stop[self.axis + 1 :])
 
     def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
         """The array in the target's shape."""
