@@ -20,7 +20,7 @@ from absl.flags import argparse_flags
 from rich.console import Console
 
 from slicecast.convert import hosts
-from slicecast.convert.errors import SlicecastError, UsageError
+from slicecast.convert.errors import SlicecastError, StoppedError, UsageError
 from slicecast.convert.settings import Settings
 
 # Words of MaxText's commands that change nothing here, and why.
@@ -30,6 +30,9 @@ _WITHOUT_EFFECT = {
     "hardware": "the devices that JAX finds are used; set JAX_PLATFORMS to choose others",
     "skip_jax_distributed_system": "other hosts are found by JAX, or given with --coordinator_address",
 }
+
+# The exit code that shells give to a command ended by Ctrl-C.
+_INTERRUPTED = 130
 
 _DESCRIPTION = "Turns Hugging Face checkpoints into sharded Orbax checkpoints that MaxText loads."
 
@@ -90,14 +93,15 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         _start_jax(arguments)
         return {"convert": _convert, "plan": _plan, "verify": _verify}[arguments.command](arguments)
+    except (KeyboardInterrupt, StoppedError):
+        print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
+        exit_code = _INTERRUPTED
     except SlicecastError as error:
         _print(error)
-        if arguments.command == "convert" and jax.process_count() > 1:
-            hosts.end_alone(error.exit_code)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
-        return 130
+        exit_code = error.exit_code
+    if arguments.command == "convert" and jax.process_count() > 1:
+        hosts.end_alone(exit_code)
+    return exit_code
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -85,9 +85,7 @@ class ReadError(SlicecastError):
 
 
 class StoppedError(SlicecastError):
-    """The user stopped the run."""
-
-    exit_code = 130  # What shells use for a command ended by Ctrl-C.
+    """The user interrupted the run."""
 
 
 class IncompleteError(SlicecastError):

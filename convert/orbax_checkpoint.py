@@ -215,12 +215,12 @@ def save(
     tree = _nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
     try:
         with checkpointer:
-            checkpointer.save(
-                epath.Path(output) / STEP,
-                args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
-                custom_metadata=dict(custom_metadata),
-            )
             try:
+                checkpointer.save(
+                    epath.Path(output) / STEP,
+                    args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
+                    custom_metadata=dict(custom_metadata),
+                )
                 checkpointer.wait_until_finished()
             except KeyboardInterrupt:
                 # Leaving the checkpointer waits for the conversion, which must therefore be told first.

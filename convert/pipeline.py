@@ -101,7 +101,7 @@ class Pipeline:
         for future in futures:
             future.result()
         if self._stopped:
-            raise StoppedError("stopped; what was written so far is kept. Run the same command again to go on.")
+            raise StoppedError("interrupted")
 
     def _work(self, waves: Iterator[Wave], lock: threading.Lock, writer: ChunkWriter) -> None:
         while not self._stop.is_set():
