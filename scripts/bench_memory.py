@@ -10,6 +10,7 @@ smallest by over a tenth of the budget.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from slicecast.convert import allocator
 
 BUDGET_GB = 1
 # What XLA's and TensorStore's own buffers, and the allocator's slack, may take beside the bytes in flight.
@@ -94,7 +97,8 @@ def convert(source: Path, output: Path, layers: str, devices: int) -> dict[str, 
     """Converts in a process of its own, and returns what it measured."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-c", _CHILD, str(source), str(output), layers, str(devices), str(BUDGET_GB)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | allocator.SETTINGS
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
