@@ -4,8 +4,8 @@
 
 Converts Kimi-K2.6 at true width (7168, 2048) with 8, 32 and 96 experts, scanned and unscanned, under
 `--host_memory_gb=1`, each in a process of its own, and prints the peak resident memory over what the process holds
-after its imports. Fails if a peak is above the budget plus 0.5 GiB, or if the largest model takes more than the
-smallest by over a tenth of the budget.
+after its imports. Fails if a peak is above the budget plus 0.5 GiB, or if it grows with the model: by more than 5 % of
+what the output grows by. It may grow a little, for with more experts a box holds more of them, up to a limit.
 """
 
 import argparse
@@ -26,6 +26,8 @@ BUDGET_GB = 1
 # What XLA's and TensorStore's own buffers, and the allocator's slack, may take beside the bytes in flight.
 ALLOWANCE_BYTES = 1 << 29
 EXPERTS = (8, 32, 96)
+# A conversion that kept any part of the model would grow by more than this part of its output.
+GROWTH = 0.05
 
 # Runs in a process of its own. Resetting the peak after the imports leaves only what the conversion takes.
 _CHILD = """
@@ -58,6 +60,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     table = Table("experts", "layers", "output GB", "seconds", "base GB", "peak over base GB")
+    outputs: list[int] = []
     peaks: dict[str, list[int]] = {"scanned": [], "unscanned": []}
     for experts in arguments.experts:
         source, output = arguments.work_dir / "hf", arguments.work_dir / "maxtext"
@@ -67,6 +70,7 @@ def main() -> int:
             shutil.rmtree(output)
             over = result["peak"] - result["base"]
             layer_peaks.append(over)
+            outputs.append(result["out_bytes"])
             table.add_row(
                 str(experts),
                 layers,
@@ -80,7 +84,8 @@ def main() -> int:
 
     bound = BUDGET_GB * 10**9 + ALLOWANCE_BYTES
     within = all(peak <= bound for layer_peaks in peaks.values() for peak in layer_peaks)
-    flat = all(layer_peaks[-1] - layer_peaks[0] <= BUDGET_GB * 10**8 for layer_peaks in peaks.values())
+    growth = max(layer_peaks[-1] - layer_peaks[0] for layer_peaks in peaks.values())
+    flat = growth <= GROWTH * (outputs[-1] - outputs[0])
     print(f"bound {bound / 1e9:.2f} GB: {'kept' if within else 'BROKEN'}; flat: {'yes' if flat else 'NO'}")
     return 0 if within and flat else 1
 
