@@ -1,13 +1,11 @@
 """The entry point: `slicecast`, or `python -m slicecast.convert`."""
 
-import sys
-
 from slicecast.convert import allocator
 
 
 def run() -> None:
     """Runs the command line, with an allocator that suits it."""
-    allocator.restart(["-m", "slicecast.convert", *sys.argv[1:]])
+    allocator.restart()
     # Only now, for it takes a second to import JAX.
     from slicecast.convert import cli
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Sequence
 
 # Huge pages: a conversion fills fresh buffers of 100 MB all the time, and clearing them in small pages takes a fifth of
 # its processor time on a CPU host. Two arenas: buffers are allocated by one thread and freed by another, which leaves
@@ -10,14 +9,10 @@ from collections.abc import Sequence
 SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2"}
 
 
-def restart(arguments: Sequence[str]) -> None:
-    """Starts this Python program again with the settings, unless they are there, or the user's own, or not for Linux.
-
-    Args:
-        arguments: Those of the Python interpreter, for example `["-m", "slicecast.convert"]` and its arguments.
-    """
+def restart() -> None:
+    """Starts this program again with the settings, unless they are there, or the user's own, or not for Linux."""
     if sys.platform != "linux" or os.environ.keys() & SETTINGS.keys():
         return
     os.environ.update(SETTINGS)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *arguments])
+    os.execv(sys.executable, sys.orig_argv)

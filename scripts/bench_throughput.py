@@ -176,5 +176,5 @@ def maxtext(python: str, source: Path, output: Path) -> float:
 
 
 if __name__ == "__main__":
-    allocator.restart(sys.argv)
+    allocator.restart()
     sys.exit(main())
