@@ -1,9 +1,11 @@
 """What the subcommands do, from settings to results."""
 
+import contextlib
 import hashlib
 import os
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -112,7 +114,7 @@ def _bytes(gigabytes: float | None, available: int) -> int:
     return int(available * _DEFAULT_SHARE) if gigabytes is None else int(gigabytes * GB)
 
 
-def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
+def convert(settings: Settings, console: Console, *, describe: Callable[[Plan], None]) -> Summary:
     """Converts a checkpoint; called by all processes.
 
     Args:
@@ -147,7 +149,8 @@ def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
             display_console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
         pipeline = Pipeline(made, process, jax.local_devices(), display.report, implementation)
         arrays = {planned.leaf.path: array_spec(planned) for planned in made.leaves}
-        orbax_checkpoint.save(output, arrays, pipeline.run, pipeline.stop, _custom_metadata(settings, made))
+        with _on_interrupt(pipeline.stop):
+            orbax_checkpoint.save(output, arrays, pipeline.run, _custom_metadata(settings, made))
     return Summary(
         items=str(output / orbax_checkpoint.STEP / orbax_checkpoint.ITEM),
         waves=display.waves,
@@ -157,6 +160,24 @@ def convert(settings: Settings, console: Console, *, describe: Any) -> Summary:
         seconds=time.monotonic() - start,
         peak_bytes=peak_resident_bytes(),
     )
+
+
+@contextlib.contextmanager
+def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Calls `stop` at the first Ctrl-C, whatever the main thread waits for then; the second has its usual effect.
+
+    An exception in the main thread would not do: Orbax would wait for the conversion, which would not know of it.
+    """
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def output_directory(path: str) -> Path:

@@ -169,20 +169,13 @@ def read_custom_metadata(step: Path) -> Mapping[str, Any]:
     return custom if isinstance(custom, dict) else {}
 
 
-def save(
-    output: Path,
-    arrays: Mapping[str, ArraySpec],
-    convert: Convert,
-    stop: Callable[[], None],
-    custom_metadata: Mapping[str, Any],
-) -> None:
+def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom_metadata: Mapping[str, Any]) -> None:
     """Writes a checkpoint to `<output>/0/items`, or goes on with an unfinished one; called by all processes.
 
     Args:
         output: A local directory, the same on all processes.
         arrays: The leaves by path, keys joined by `/`.
         convert: Writes all chunks that this process owns. Called once, in a thread.
-        stop: Makes `convert` end early, with an error. Called if the user interrupts.
         custom_metadata: JSON for the step's custom metadata.
 
     Raises:
@@ -215,17 +208,12 @@ def save(
     tree = _nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
     try:
         with checkpointer:
-            try:
-                checkpointer.save(
-                    epath.Path(output) / STEP,
-                    args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
-                    custom_metadata=dict(custom_metadata),
-                )
-                checkpointer.wait_until_finished()
-            except KeyboardInterrupt:
-                # Leaving the checkpointer waits for the conversion, which must therefore be told first.
-                stop()
-                raise
+            checkpointer.save(
+                epath.Path(output) / STEP,
+                args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
+                custom_metadata=dict(custom_metadata),
+            )
+            checkpointer.wait_until_finished()
     except OSError as error:
         raise OutputError(f"{output}: cannot be written: {error}. Run the same command again: it goes on.") from error
 
