@@ -31,9 +31,6 @@ _WITHOUT_EFFECT = {
     "skip_jax_distributed_system": "other hosts are found by JAX, or given with --coordinator_address",
 }
 
-# The exit code that shells give to a command ended by Ctrl-C.
-_INTERRUPTED = 130
-
 _DESCRIPTION = "Turns Hugging Face checkpoints into sharded Orbax checkpoints that MaxText loads."
 
 _EXAMPLES = {
@@ -95,7 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
         return {"convert": _convert, "plan": _plan, "verify": _verify}[arguments.command](arguments)
     except (KeyboardInterrupt, StoppedError):
         print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
-        exit_code = _INTERRUPTED
+        exit_code = StoppedError.exit_code
     except SlicecastError as error:
         _print(error)
         exit_code = error.exit_code

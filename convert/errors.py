@@ -87,6 +87,8 @@ class ReadError(SlicecastError):
 class StoppedError(SlicecastError):
     """The user interrupted the run."""
 
+    exit_code = 130  # What shells use for a command ended by Ctrl-C.
+
 
 class IncompleteError(SlicecastError):
     """Chunks of the output are missing at the end of a run; the checkpoint was not committed."""

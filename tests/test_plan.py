@@ -461,15 +461,22 @@ class Child:
     peak_bytes: int
 
 
+# The command line, which says on stderr what it took. Not getrusage: its peak includes that of the parent process.
+MEASURED = """
+import atexit, sys, time
+from slicecast.convert import cli
+from slicecast.convert.progress import peak_resident_bytes
+atexit.register(lambda: print(time.process_time(), peak_resident_bytes(), file=sys.stderr))
+cli.run()
+"""
+
+
 def run_plan(directory: Path, *flags: str) -> Child:
-    command = [sys.executable, "-m", "slicecast.convert", "plan", f"--hf_model_path={directory}", "--json", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}) as child:
-        assert child.stdout is not None
-        output = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return Child(json.loads(output), usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
+    command = [sys.executable, "-c", MEASURED, "plan", f"--hf_model_path={directory}", "--json", *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    seconds, peak_bytes = done.stderr.splitlines()[-1].split()
+    return Child(json.loads(done.stdout), float(seconds), int(peak_bytes))
 
 
 def headers(directory: Path) -> dict[str, tuple[str, list[int], int]]:

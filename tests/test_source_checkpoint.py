@@ -477,14 +477,15 @@ def test_true_sizes_have_the_published_number_of_parameters(script: ModuleType, 
 
 
 OPEN_AND_MEASURE = """
-import json, resource, sys, time
+import json, sys, time
+from slicecast.convert.progress import peak_resident_bytes
 from slicecast.convert.source.checkpoint import fingerprint, open_checkpoint
 
 start = time.process_time()
 checkpoint = open_checkpoint(sys.argv[1])
 seconds = time.process_time() - start
 fingerprint(checkpoint)
-rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+rss = peak_resident_bytes()  # Not getrusage: its peak includes that of the process that started this one.
 print(json.dumps([len(checkpoint.tensors), checkpoint.total_bytes, len(checkpoint.file_sizes), seconds, rss]))
 """
 
