@@ -44,7 +44,11 @@ Run the same command again to go on after an interruption. MaxText loads OUT/0/i
   slicecast plan --hf_model_path=/data/Kimi-K2.6 --slice=v5e-16
   slicecast plan --hf_model_path=/data/Kimi-K2.6 --host_memory_gb=96 --json""",
     "verify": """examples:
-  slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6""",
+  slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6
+  slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6 --requantize""",
+    "formats": """examples:
+  slicecast formats
+  slicecast formats --json""",
 }
 
 
@@ -89,7 +93,9 @@ def main(arguments: argparse.Namespace) -> int:
     logging.set_verbosity(logging.FATAL)
     try:
         _start_jax(arguments)
-        return {"convert": _convert, "plan": _plan, "verify": _verify}[arguments.command](arguments)
+        return {"convert": _convert, "plan": _plan, "verify": _verify, "formats": _formats}[arguments.command](
+            arguments
+        )
     except (KeyboardInterrupt, StoppedError):
         print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
         exit_code = StoppedError.exit_code
@@ -136,8 +142,18 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     output = commands.output_directory(arguments.output)
-    for line in commands.verify_checkpoint(output, arguments.hf_model_path, arguments.host_memory_gb, console):
+    lines = commands.verify_checkpoint(
+        output, arguments.hf_model_path, arguments.host_memory_gb, console, requantize_too=arguments.requantize
+    )
+    for line in lines:
         print(line)
+    return 0
+
+
+def _formats(arguments: argparse.Namespace) -> int:
+    from slicecast.convert import describe
+
+    print(describe.formats_as_json() if arguments.json else describe.formats_as_table())
     return 0
 
 
@@ -152,7 +168,7 @@ def _start_jax(arguments: argparse.Namespace) -> None:
     if simulated is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated)
-    if arguments.command == "verify" or getattr(arguments, "slice", None) is not None:
+    if arguments.command in ("verify", "formats") or getattr(arguments, "slice", None) is not None:
         # Nothing is computed on devices, so none need be taken from another program.
         jax.config.update("jax_platforms", "cpu")
     if arguments.command == "convert":
@@ -237,7 +253,14 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     verify.add_argument("output", metavar="OUT", help="the --base_output_directory of the conversion")
     verify.add_argument("--hf_model_path", metavar="DIR", required=True, help="the Hugging Face checkpoint")
     verify.add_argument("--host_memory_gb", metavar="GB", type=_positive, help="memory to use, in GB")
-    return parser, {"convert": convert, "plan": plan, "verify": verify}
+    verify.add_argument(
+        "--requantize", action="store_true",
+        help="quantize INT4 weights again, compare codes and scales; for releases trained as INT4, such as Kimi-K2.6",
+    )  # fmt: skip
+
+    formats = _command(commands, "formats", "list the formats of weights that convert")
+    formats.add_argument("--json", action="store_true", help="print JSON")
+    return parser, {"convert": convert, "plan": plan, "verify": verify, "formats": formats}
 
 
 def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -263,7 +286,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--save_dtype", choices=("bfloat16", "float32"), default="bfloat16",
-        help="the dtype of the weights (default: bfloat16); the router's bias is always float32",
+        help="the dtype of the weights (default: bfloat16); DeepSeek's router bias is always float32",
     )  # fmt: skip
     parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
     parser.add_argument(

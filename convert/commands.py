@@ -15,16 +15,17 @@ import jax
 from rich.console import Console
 
 from slicecast.configs import families, maxtext, slices
-from slicecast.convert import hosts, orbax_checkpoint, plan, verify
+from slicecast.convert import hosts, orbax_checkpoint, plan, requantize, verify
 from slicecast.convert.codecs import quantization_config
 from slicecast.convert.device import choose_implementation
-from slicecast.convert.errors import OutputError, VerificationError
+from slicecast.convert.errors import OutputError, UsageError, VerificationError
 from slicecast.convert.mapping import resolve
 from slicecast.convert.mapping.target import Layout
 from slicecast.convert.memory import GB, Machine, available_host_bytes
 from slicecast.convert.pipeline import Pipeline, array_spec
 from slicecast.convert.plan import Plan
 from slicecast.convert.progress import ProgressDisplay, peak_resident_bytes
+from slicecast.convert.requantize import Requantized
 from slicecast.convert.settings import Settings
 from slicecast.convert.source.checkpoint import open_checkpoint, sample_contents
 
@@ -72,7 +73,7 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
     checkpoint = open_checkpoint(settings.hf_model_path)
     model = families.recognize(checkpoint.config, settings.model_name, settings.rope_type)
     layout = Layout(settings.scan_layers, settings.param_scan_axis, settings.save_dtype)
-    quantization = quantization_config.read(checkpoint.config)
+    quantization = quantization_config.read(checkpoint.config, checkpoint.side_configs)
     resolved, ignored = resolve.resolve(checkpoint, model, layout, quantization)
     if settings.model_name is not None and not settings.override_model_config:
         maxtext.check(settings.model_name, layout, [item.leaf for item in resolved])
@@ -144,7 +145,7 @@ def convert(settings: Settings, console: Console, *, describe: Callable[[Plan], 
     label = f"host 0 of {made.machine.hosts}: " if made.machine.hosts > 1 else ""
     out_bytes = sum(wave.out_bytes for wave in waves)
     with ProgressDisplay(display_console, len(waves), out_bytes, made.machine.host_bytes, label) as display:
-        implementation, warning = choose_implementation(jax.local_devices()[0])
+        implementation, warning = choose_implementation(jax.local_devices()[0], made.kernels)
         if warning is not None:
             display_console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
         pipeline = Pipeline(made, process, jax.local_devices(), display.report, implementation)
@@ -274,9 +275,16 @@ def settings_of(output: Path, hf_model_path: str) -> Settings:
 
 
 def verify_checkpoint(
-    output: Path, hf_model_path: str, host_memory_gb: float | None, console: Console
+    output: Path, hf_model_path: str, host_memory_gb: float | None, console: Console, *, requantize_too: bool = False
 ) -> Sequence[str]:
     """Compares a finished checkpoint with its source.
+
+    Args:
+        output: The output directory of the conversion.
+        hf_model_path: The source.
+        host_memory_gb: Memory to use, in GB; None for a part of what is free.
+        console: Where something is shown meanwhile.
+        requantize_too: Whether to quantize INT4 leaves again too, and to compare codes and scales.
 
     Returns:
         A line for each thing that was checked and found right.
@@ -284,6 +292,7 @@ def verify_checkpoint(
     Raises:
         VerificationError: Naming each leaf that differs.
         OutputError: If there is no finished checkpoint of ours.
+        UsageError: If there is nothing to quantize again.
     """
     settings = settings_of(output, hf_model_path)
     machine = Machine(1, 1, _bytes(host_memory_gb, available_host_bytes()), None)
@@ -299,4 +308,26 @@ def verify_checkpoint(
             f"{output}: {len(differences)} of {len(made.leaves)} leaves differ from the source:\n" + "\n".join(lines)
         )
     values = sum(planned.nbytes // planned.itemsize for planned in made.leaves)
-    return [f"{len(made.leaves)} leaves, {values} values: all equal to the source, bit for bit"]
+    lines = [f"{len(made.leaves)} leaves, {values} values: all equal to the source, bit for bit"]
+    if requantize_too:
+        with console.status("quantizing again"):
+            lines.append(_requantized(requantize.compare(made, arrays, _VERIFY_WORKERS), output))
+    return lines
+
+
+def _requantized(found: Requantized, output: Path) -> str:
+    if not found.leaves:
+        raise UsageError("--requantize: no leaf of this checkpoint comes from symmetric INT4 weights alone.")
+    if found.differences:
+        lines = [f"{difference.path} {difference.detail}" for difference in found.differences]
+        raise VerificationError(
+            f"{output}: {len(found.differences)} of {found.leaves} INT4 leaves do not give the source's codes and "
+            "scales when they are quantized again:\n" + "\n".join(lines)
+        )
+    alike = ""
+    if found.ambiguous:
+        alike = f"; the scales of {found.ambiguous} groups have a neighbor that gives the same values"
+    return (
+        f"{found.leaves} INT4 leaves, {found.groups} groups: quantized again, they give the source's codes and scales"
+        f"{alike}"
+    )

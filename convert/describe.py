@@ -1,11 +1,14 @@
 """A plan as people read it, and as scripts do."""
 
+import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 
+from slicecast.convert.codecs.formats import FORMATS
 from slicecast.convert.memory import GB
 from slicecast.convert.plan import Plan, PlannedLeaf
 
@@ -68,7 +71,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "model", plan.model.description
     yield "source", f"{facts['files']} files, {facts['tensors']} tensors; {plan.quantization}"
     yield "formats", ", ".join(f"{count} x {name}" for name, count in facts["formats"].items())
-    yield "read", f"{_size(plan.in_bytes)}, by ranges, each byte by one host"
+    yield "read", f"{_size(plan.in_bytes)}, by ranges, {_how_often(plan)}"
     yield (
         "write",
         (
@@ -90,6 +93,17 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     yield "chip memory", _chip_memory(plan)
     yield "plan", plan.digest[:12]
+
+
+def _how_often(plan: Plan) -> str:
+    """How often source bytes are read: once, but for tensors that become several leaves, as gpt-oss' experts do."""
+    stored = {tensor.name: tensor for leaf in plan.leaves for tensor in leaf.sources.values()}
+    once = sum(part.tensor.nbytes for tensor in stored.values() for part in tensor.parts)
+    again = plan.in_bytes - once
+    # Scales that lie on the border of two boxes are read for both: next to nothing.
+    if again < once // 100:
+        return "each byte by one host"
+    return f"of which {_size(again)} again, for a second leaf that comes from the same tensors"
 
 
 def _chip_memory(plan: Plan) -> str:
@@ -123,3 +137,15 @@ def _range(values: list[int], text: Callable[[int], str]) -> str:
 def _size(nbytes: int) -> str:
     """A size in GB, or in MB where that would be nothing."""
     return f"{nbytes / GB:.1f} GB" if nbytes >= GB else f"{nbytes / 1e6:.1f} MB"
+
+
+def formats_as_table() -> str:
+    """The supported formats as a Markdown table, which the README shows too."""
+    rows = [("format", "stored as", "decoded by", "for example"), ("---",) * 4]
+    rows += [(f.name, f.stored, f.decoder, f.models) for f in FORMATS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def formats_as_json() -> str:
+    """The supported formats, for scripts."""
+    return json.dumps([dataclasses.asdict(f) for f in FORMATS], indent=2)

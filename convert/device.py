@@ -7,7 +7,7 @@ chip works on the same amount and nothing crosses between chips.
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,14 +15,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slicecast.convert.box import Box, Shape
-from slicecast.convert.codecs.base import Codec
+from slicecast.convert.codecs.base import Codec, Kernel
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import Op, Scale, Transpose
-from slicecast.convert.memory import chips_used
-from slicecast.kernels import int4_grouped
-from slicecast.kernels.int4_grouped import Implementation
+from slicecast.convert.memory import chips_used, row_shares
+from slicecast.kernels import awq, gptq, grouped
+from slicecast.kernels.implementation import Implementation
 
 _BATCH, _ROWS = "batch", "rows"
+
+_KERNELS: dict[Kernel, Callable[[jax.Device], bool]] = {
+    "grouped": grouped.kernel_agrees,
+    "gptq": gptq.kernel_agrees,
+    "awq": awq.kernel_agrees,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Step:
     """What is computed for each tensor of a batch.
 
     Attributes:
-        codec: How the stored parts become values.
+        codec: How the prepared arrays become values.
         ops: How the values are laid out.
         source: The shape of the whole source tensor.
         element: The shape of the part of the tensor's target that is computed. Where the part lies does not matter.
@@ -50,7 +56,12 @@ class Step:
     @property
     def rows(self) -> int | None:
         """Into how many shares the rows can be divided at most; None if they must stay together."""
-        return None if self.row_axis is None else self.element[self.row_axis]
+        return None if self.row_axis is None else row_shares(self.element[self.row_axis], self.codec.row_unit)
+
+    def spec(self, array: int) -> PartitionSpec:
+        """How a prepared array, stacked over the batch, is divided over a mesh with the axes `batch` and `rows`."""
+        row_axis = self.codec.row_axes[array]
+        return PartitionSpec(_BATCH) if row_axis is None else PartitionSpec(_BATCH, *[None] * row_axis, _ROWS)
 
 
 class DeviceRunner:
@@ -65,33 +76,33 @@ class DeviceRunner:
         self.devices = tuple(devices)
         self._slots = threading.BoundedSemaphore(slots)
 
-    def run(self, step: Step, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The values `[batch, *step.element]` from the stored parts `[batch, rows, ...]`."""
-        over_batch, over_rows = chips_used(len(parts[0]), step.rows, len(self.devices))
+    def run(self, step: Step, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The values `[batch, *step.element]` from prepared arrays, stacked over the batch."""
+        over_batch, over_rows = chips_used(len(arrays[0]), step.rows, len(self.devices))
         mesh = Mesh(np.array(self.devices[: over_batch * over_rows]).reshape(over_batch, over_rows), (_BATCH, _ROWS))
-        inputs = NamedSharding(mesh, PartitionSpec(_BATCH, _ROWS))
+        shardings = tuple(NamedSharding(mesh, step.spec(i)) for i in range(len(arrays)))
         with self._slots:
-            on_device = jax.device_put(tuple(parts), inputs)
-            values = program(step, mesh)(*on_device)
+            on_device = jax.device_put(tuple(arrays), shardings)
+            values = program(step, mesh, len(arrays))(*on_device)
             return np.asarray(values)
 
 
 @functools.lru_cache(maxsize=1024)
-def program(step: Step, mesh: Mesh) -> jax.stages.Wrapped:
+def program(step: Step, mesh: Mesh, arrays: int) -> jax.stages.Wrapped:
     """The program of a step for a mesh with the axes `batch` and `rows`, made once and kept.
 
-    It takes the stored parts, `[batch, rows, ...]` divided over both axes, to the values `[batch, *step.element]`.
+    It takes as many prepared arrays, divided as `step.spec` says, to the values `[batch, *step.element]`.
     """
     over_rows = mesh.shape[_ROWS]
     local = _share_of_rows(step, over_rows)
-    shapes = [box.shape for box in ops.boxes(step.ops, local, step.source)[1:]]
+    source, *targets = ops.boxes(step.ops, local, step.source)
     spec = [_BATCH] + [None] * len(step.element)
     if step.row_axis is not None:
         spec[step.row_axis + 1] = _ROWS
     mapped = jax.shard_map(
-        functools.partial(_convert, step=step, shapes=shapes),
+        functools.partial(_convert, step=step, rows=source.shape[0], shapes=[box.shape for box in targets]),
         mesh=mesh,
-        in_specs=PartitionSpec(_BATCH, _ROWS),
+        in_specs=tuple(step.spec(i) for i in range(arrays)),
         out_specs=PartitionSpec(*spec),
         # The outputs of kernels carry no record of how they vary over the mesh.
         check_vma=False,
@@ -99,20 +110,22 @@ def program(step: Step, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(mapped)
 
 
-def choose_implementation(device: jax.Device) -> tuple[Implementation, str | None]:
-    """Which kernels to use on a device, and a warning if they are not the fast ones.
+def choose_implementation(device: jax.Device, kernels: Iterable[Kernel]) -> tuple[Implementation, str | None]:
+    """Which implementation of these kernels to use on a device, and a warning if it is not the fast one.
 
-    On a TPU the kernel is compared with its definition, on the chip itself, before anything is converted with it.
+    On a TPU the kernels are compared with their definitions, on the chip itself, before anything is converted.
     """
     if device.platform != "tpu":
         return "auto", None
-    try:
-        if int4_grouped.kernel_agrees(device):
-            return "auto", None
-        found = "gives other values than its definition"
-    except jax.errors.JaxRuntimeError as error:
-        found = f"does not run ({str(error).splitlines()[0]})"
-    return "xla", f"the INT4 kernel {found} on {device.device_kind}; the slower XLA program is used instead"
+    for kernel in sorted(kernels):
+        try:
+            if _KERNELS[kernel](device):
+                continue
+            found = "gives other values than its definition"
+        except jax.errors.JaxRuntimeError as error:
+            found = f"does not run ({str(error).splitlines()[0]})"
+        return "xla", f"the kernel '{kernel}' {found} on {device.device_kind}; the slower XLA program is used instead"
+    return "auto", None
 
 
 def _share_of_rows(step: Step, parts: int) -> Box:
@@ -121,12 +134,12 @@ def _share_of_rows(step: Step, parts: int) -> Box:
     return whole if step.row_axis is None else whole.with_axis(step.row_axis, 0, step.element[step.row_axis] // parts)
 
 
-def _convert(*parts: jax.Array, step: Step, shapes: Sequence[Shape]) -> jax.Array:
+def _convert(*arrays: jax.Array, step: Step, rows: int, shapes: Sequence[Shape]) -> jax.Array:
     """The step for one chip's share, `[batch, *shapes[-1]]`."""
     # Values stay exact in float32 until an op has computed with them; without such an op they are rounded at once.
     dtype = "float32" if any(isinstance(op, Scale) for op in step.ops) else step.dtype
     transposed = step.ops[:1] == (Transpose(),)
-    x = step.codec.decode(parts, dtype=dtype, transposed=transposed, implementation=step.implementation)
+    x = step.codec.decode(arrays, rows=rows, dtype=dtype, transposed=transposed, implementation=step.implementation)
     first = 1 if transposed else 0
     x = jax.vmap(lambda element: ops.apply(step.ops[first:], element, shapes[first:]))(x)
     return x.astype(step.dtype)

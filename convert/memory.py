@@ -46,29 +46,32 @@ class Costs:
 
     Attributes:
         in_bytes: Source bytes.
+        prepared_bytes: Bytes that go to the chips, after the host's part of decoding.
         out_bytes: Bytes of the output chunks, before compression.
         on_device: Whether the box passes through the chips; a box that only has to be copied does not.
     """
 
     in_bytes: int
+    prepared_bytes: int
     out_bytes: int
     on_device: bool
 
     def host_bytes(self, machine: Machine) -> int:
         """Peak bytes on the host.
 
-        The source is held once as read and, on its way to the chips, once more stacked; the output is held once as it
-        comes back and once compressed, until its transaction is committed (incompressible data does not shrink). Where
-        the devices are the host's own CPU, their input is the stacked copy, but their output is another copy.
+        The source is held once as read, or as prepared where that is more, and once more stacked for the chips; the
+        output is held once as it comes back and once compressed, until its transaction is committed (incompressible
+        data does not shrink). Where the devices are the host's own CPU, their input is the stacked copy, but their
+        output is another copy.
         """
         if not self.on_device:
             return self.in_bytes + self.out_bytes
         device = 0 if machine.device_bytes is not None else self.out_bytes
-        return 2 * self.in_bytes + 2 * self.out_bytes + device
+        return max(self.in_bytes, self.prepared_bytes) + self.prepared_bytes + 2 * self.out_bytes + device
 
     def device_bytes(self, chips: int) -> int:
         """Peak bytes on each of `chips` chips: input, output, and one intermediate of the output's size."""
-        return (self.in_bytes + 2 * self.out_bytes) // chips if self.on_device else 0
+        return (self.prepared_bytes + 2 * self.out_bytes) // chips if self.on_device else 0
 
 
 def chips_used(batch: int, rows: int | None, devices: int) -> Shape:
@@ -78,12 +81,17 @@ def chips_used(batch: int, rows: int | None, devices: int) -> Shape:
 
     Args:
         batch: How many tensors.
-        rows: The extent of the target axis that follows their rows, or None if they cannot be divided.
+        rows: Into how many shares their rows can be divided at most, or None if they cannot.
         devices: The chips there are.
     """
     over_batch = math.gcd(batch, devices)
     over_rows = math.gcd(rows, devices // over_batch) if rows else 1
     return over_batch, over_rows
+
+
+def row_shares(rows: int | None, unit: int) -> int | None:
+    """Into how many shares rows can be divided at most, if `unit` neighbors stay together; None if they cannot."""
+    return None if rows is None or rows % unit else rows // unit
 
 
 def available_host_bytes() -> int:

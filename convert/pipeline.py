@@ -21,7 +21,7 @@ from slicecast.convert.device import DeviceRunner, Step
 from slicecast.convert.errors import StoppedError
 from slicecast.convert.plan import Plan, PlannedLeaf, Wave, WorkBox
 from slicecast.convert.source.reader import Reader
-from slicecast.kernels.int4_grouped import Implementation
+from slicecast.kernels.implementation import Implementation
 
 # Called after each wave with the wave and whether it had been finished by an earlier run.
 Report = Callable[[Wave, bool], None]
@@ -122,36 +122,48 @@ class Pipeline:
         leaf = planned.leaf
         tensors = planned.tensors(box)
         start, stop = planned.rows(box)
-        spans = [part.span(start, stop) for tensor in tensors for part in tensor.parts]
-        data = iter(self.reader.read(spans))
-        parts = [[part.view(next(data), start, stop) for part in tensor.parts] for tensor in tensors]
+        arrays = self._prepared(tensors, start, stop)
         element = leaf.element_box(box)
         # One array [tensors, *element]; the stacked axes are unfolded from its first axis, in the order of the leaf.
-        values = self._values(planned, tensors, parts, element)
+        values = self._values(planned, tensors, arrays, element)
         stacked = [axis for axis, _ in leaf.stacked]
         values = values.reshape([box.shape[axis] for axis in stacked] + list(element.shape))
         values = np.moveaxis(values, range(len(stacked)), stacked)
         return Block(array_spec(planned), box, values)
 
+    def _prepared(self, tensors: Sequence[StoredTensor], start: int, stop: int) -> list[tuple[np.ndarray, ...]]:
+        """Rows of each tensor, read and prepared for the chips."""
+        spans = [[part.spans(start, stop) for part in tensor.parts] for tensor in tensors]
+        data = iter(self.reader.read([span for of_tensor in spans for of_part in of_tensor for span in of_part]))
+        prepared = []
+        for tensor, of_tensor in zip(tensors, spans, strict=True):
+            views = [
+                part.view([next(data) for _ in of_part], start, stop)
+                for part, of_part in zip(tensor.parts, of_tensor, strict=True)
+            ]
+            prepared.append(tensor.prepare(views, start, stop))
+        return prepared
+
     def _values(
         self,
         planned: PlannedLeaf,
         tensors: Sequence[StoredTensor],
-        parts: Sequence[Sequence[np.ndarray]],
+        arrays: Sequence[Sequence[np.ndarray]],
         element: Box,
     ) -> np.ndarray:
         """The values of all tensors, `[tensors, *element]`."""
         if planned.is_copy(tensors):
-            return _stack([part for (part,) in parts])
+            return _stack([array for (array,) in arrays])
         leaf = planned.leaf
         row_axis = planned.tiling.row_axis
         element_axes = [leaf.element_axis(axis) for axis in range(len(element.shape))]
         results = []
         # Neighbors that are stored alike go to the devices together; commonly that is all of them.
-        for codec, group in itertools.groupby(range(len(tensors)), key=lambda i: (tensors[i].codec, _dtypes(parts[i]))):
+        signatures = [(tensor.codec, _dtypes(prepared)) for tensor, prepared in zip(tensors, arrays, strict=True)]
+        for (codec, _), group in itertools.groupby(range(len(tensors)), signatures.__getitem__):
             members = list(group)
             step = Step(
-                codec=codec[0],
+                codec=codec,
                 ops=leaf.rule.ops,
                 source=leaf.rule.shape,
                 element=element.shape,
@@ -159,13 +171,13 @@ class Pipeline:
                 dtype=leaf.dtype,
                 implementation=self._implementation,
             )
-            batch = [_stack([parts[i][p] for i in members]) for p in range(len(parts[members[0]]))]
+            batch = [_stack(of_members) for of_members in zip(*(arrays[i] for i in members), strict=True)]
             results.append(self._runner.run(step, batch))
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
-def _dtypes(parts: Sequence[np.ndarray]) -> tuple[np.dtype, ...]:
-    return tuple(part.dtype for part in parts)
+def _dtypes(arrays: Sequence[np.ndarray]) -> tuple[np.dtype, ...]:
+    return tuple(array.dtype for array in arrays)
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -5,8 +5,8 @@
     wave     boxes that one process converts and commits together: the unit of memory and of progress
 
 Boxes are formed from the leaves and the memory budget alone; then they are put in the order of the source files and
-dealt to the processes in runs of about equal bytes. So each source byte is read by one process, each chunk is written
-by one process, and processes never wait for each other.
+dealt to the processes in runs of about equal bytes. So each source byte is read once for each leaf that it belongs to,
+which is one leaf but for a few families, each chunk is written by one process, and processes never wait for each other.
 
 The digest identifies what is written: the source, the rules, the leaves and their chunks. It does not depend on budgets
 or on the number of processes, so an interrupted run can be resumed on other machines.
@@ -21,7 +21,7 @@ import numpy as np
 
 from slicecast.convert import tiles
 from slicecast.convert.box import Box, Shape, grid_size
-from slicecast.convert.codecs.base import StoredTensor
+from slicecast.convert.codecs.base import Kernel, StoredTensor
 from slicecast.convert.errors import BudgetError
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.resolve import Ignored, ResolvedLeaf
@@ -36,6 +36,7 @@ from slicecast.convert.memory import (
     Costs,
     Machine,
     chips_used,
+    row_shares,
 )
 from slicecast.convert.source.checkpoint import Checkpoint, fingerprint
 from slicecast.convert.tiles import Tiling
@@ -163,6 +164,12 @@ class Plan:
         return sum(leaf.nbytes for leaf in self.leaves)
 
     @property
+    def kernels(self) -> frozenset[Kernel]:
+        """The kernels that decode its tensors."""
+        found = {tensor.codec.kernel for leaf in self.leaves for tensor in leaf.sources.values()}
+        return frozenset(kernel for kernel in found if kernel is not None)
+
+    @property
     def boxes(self) -> Iterator[WorkBox]:
         """All boxes, in the order of processes and waves."""
         return (work for waves in self.waves for wave in waves for work in wave.boxes)
@@ -237,7 +244,8 @@ def _boxes(planned: PlannedLeaf, box_bytes: int) -> Iterator[WorkBox]:
         start, stop = planned.rows(box)
         tensors = planned.tensors(box)
         costs = Costs(
-            in_bytes=sum(tensor.row_bytes for tensor in tensors) * (stop - start),
+            in_bytes=sum(tensor.read_bytes(start, stop) for tensor in tensors),
+            prepared_bytes=sum(tensor.prepared_bytes(stop - start) for tensor in tensors),
             out_bytes=box.size * planned.itemsize,
             on_device=not planned.is_copy(tensors),
         )
@@ -247,7 +255,7 @@ def _boxes(planned: PlannedLeaf, box_bytes: int) -> Iterator[WorkBox]:
 def _source_position(work: WorkBox) -> tuple[str, int]:
     """Where a box's source begins: the file, and the byte in it."""
     first = next(work.leaf.leaf.coordinates(work.box))
-    span = work.leaf.sources[first].parts[0].span(*work.leaf.rows(work.box))
+    span = work.leaf.sources[first].parts[0].spans(*work.leaf.rows(work.box))[0]
     return span.file, span.offset
 
 
@@ -306,9 +314,10 @@ def _device_slots(boxes: Sequence[WorkBox], machine: Machine) -> int:
 
 def _device_bytes(work: WorkBox, machine: Machine) -> int:
     row_axis = work.leaf.tiling.row_axis
+    tensors = work.leaf.tensors(work.box)
     rows = None if row_axis is None else work.box.shape[row_axis]
-    batch = sum(1 for _ in work.leaf.leaf.coordinates(work.box))
-    over_batch, over_rows = chips_used(batch, rows, machine.devices)
+    shares = min((row_shares(rows, tensor.codec.row_unit) or 1 for tensor in tensors), default=1)
+    over_batch, over_rows = chips_used(len(tensors), shares, machine.devices)
     return work.costs.device_bytes(over_batch * over_rows)
 
 

@@ -31,6 +31,7 @@ EMBED_CHUNKS = 16
 EMBED_INNER_CHUNKS = 4
 
 # Experts are cut into at least this many chunks: expert parallelism up to 16 reads no byte in vain.
+# Where all experts are one source tensor, leaves that are too small for so many chunks (biases) have fewer.
 EXPERT_CHUNKS = 16
 
 # Chunks below this are not worth a key and a compressed frame of their own.
@@ -67,7 +68,7 @@ def choose(leaf: Leaf, itemsize: int) -> Tiling:
     """The tiling of a leaf whose elements take `itemsize` bytes. Depends on nothing else, so that all hosts agree."""
     shape = leaf.shape
     stacked = {axis for axis, _ in leaf.stacked}
-    row_axis, embed = _row_axis(leaf), _embed_axis(leaf)
+    row_axis, expert, embed = _row_axis(leaf), _expert_axis(leaf), _embed_axis(leaf)
     element_bytes = max(math.prod(leaf.element_shape) * itemsize, 1)
 
     chunk = list(shape)
@@ -81,9 +82,10 @@ def choose(leaf: Leaf, itemsize: int) -> Tiling:
     column_bytes = math.prod(chunk) * itemsize
     if row_axis is not None and column_bytes > COLUMN_BYTES:
         chunk[row_axis] = _cut(shape[row_axis], chunk[row_axis] * COLUMN_BYTES // column_bytes)
-    if embed is not None:
-        parts = max(1, min(EMBED_CHUNKS, math.prod(chunk) * itemsize // MIN_CHUNK_BYTES))
-        chunk[embed] = min(chunk[embed], _cut(shape[embed], shape[embed] // parts))
+    for cut, chunks in ((expert, EXPERT_CHUNKS), (embed, EMBED_CHUNKS)):
+        if cut is not None:
+            parts = max(1, min(chunks, math.prod(chunk) * itemsize // MIN_CHUNK_BYTES))
+            chunk[cut] = min(chunk[cut], _cut(shape[cut], shape[cut] // parts))
     free = [axis for axis in range(len(shape)) if axis not in stacked]
     _shrink(chunk, free, MAX_CHUNK_BYTES // itemsize)
 
@@ -112,6 +114,12 @@ def _shrink(tile: list[int], axes: Sequence[int], most: int) -> None:
             return
         longest = max(even, key=lambda axis: tile[axis])
         tile[longest] //= 2
+
+
+def _expert_axis(leaf: Leaf) -> int | None:
+    """The axis that MaxText's expert parallelism cuts, where it is an axis of the source and no stack."""
+    stacked = {axis for axis, _ in leaf.stacked}
+    return next((axis for axis, name in enumerate(leaf.axes) if name == "exp" and axis not in stacked), None)
 
 
 def _embed_axis(leaf: Leaf) -> int | None:

@@ -1,8 +1,8 @@
 """Compares a checkpoint with its source, value by value, on a path of its own.
 
-The expected values are recomputed with NumPy alone: no code of the codecs, ops, kernels or the reader is used, only the
-rules and the index. In particular, which rows of a source tensor belong to a region of a leaf is found by sending row
-numbers through the rule's ops, not by the planner's arithmetic.
+The expected values are recomputed with NumPy alone (`definition.py`): no code of the codecs, ops, kernels or the reader
+is used, only the rules and the index. In particular, which rows of a source tensor belong to a region of a leaf is
+found by sending row numbers through the rule's ops, not by the planner's arithmetic.
 
 Values are compared bit for bit, with two exceptions that floating point units leave open: two NaNs are equal whatever
 their payload, and where values were computed (not only moved), a result below 2**-126 may have become a zero of the
@@ -10,7 +10,6 @@ same sign.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +18,18 @@ import ml_dtypes  # noqa: F401  Makes NumPy know bfloat16.
 import numpy as np
 import tensorstore as ts
 
+from slicecast.convert import definition
 from slicecast.convert.box import Box
-from slicecast.convert.codecs.base import Part, StoredTensor
-from slicecast.convert.codecs.pack_quantized import PackQuantizedInt4
-from slicecast.convert.mapping.ops import DeinterleaveHalves, InterleaveHalves, Merge, Op, Scale, Split, Transpose
+from slicecast.convert.mapping.ops import (
+    DeinterleaveHalves,
+    InterleaveHalves,
+    Merge,
+    Op,
+    Scale,
+    Split,
+    Stride,
+    Transpose,
+)
 from slicecast.convert.plan import Plan, PlannedLeaf, WorkBox
 
 Array = np.ndarray
@@ -127,25 +134,25 @@ def _expected(plan: Plan, planned: PlannedLeaf, box: Box) -> Array:
     """The values that a region of a leaf should have."""
     leaf = planned.leaf
     element = leaf.element_box(box)
-    start, stop = _source_rows(leaf.rule.ops, leaf.rule.shape, element)
+    start, stop = source_rows(leaf.rule.ops, leaf.rule.shape, element)
     values = np.empty(box.shape, np.dtype(leaf.dtype))
     for coordinate in leaf.coordinates(box):
         index: list[int | slice] = [slice(None)] * len(box.shape)
         for (axis, _), position in zip(leaf.stacked, coordinate, strict=True):
             index[axis] = position - box.start[axis]
-        rows = _decode(plan.checkpoint.path, planned.sources[coordinate], start, stop)
-        values[tuple(index)] = _layout(leaf.rule.ops, rows).reshape(element.shape).astype(leaf.dtype)
+        rows = definition.rows(plan.checkpoint.path, planned.sources[coordinate], start, stop)
+        values[tuple(index)] = layout(leaf.rule.ops, rows).reshape(element.shape).astype(leaf.dtype)
     return values
 
 
-def _source_rows(ops: Sequence[Op], source: tuple[int, ...], element: Box) -> tuple[int, int]:
+def source_rows(ops: Sequence[Op], source: tuple[int, ...], element: Box) -> tuple[int, int]:
     """The rows of the source that land in a box of the target, by sending each element's row number through the ops."""
     numbers = np.arange(source[0]).reshape([-1] + [1] * (len(source) - 1))
     # A view in which all columns share their row's number, so it takes no memory however large the tensor is.
     numbers = np.broadcast_to(numbers, source)
     for op in ops:
         if not isinstance(op, Scale | InterleaveHalves | DeinterleaveHalves):
-            numbers = _layout((op,), numbers)
+            numbers = layout((op,), numbers)
         elif not isinstance(op, Scale) and (element.start[-1], element.stop[-1]) != (0, numbers.shape[-1]):
             raise ValueError(f"{element} cuts an axis that {op} permutes")
     part = numbers[element.slices]
@@ -158,7 +165,7 @@ def _source_rows(ops: Sequence[Op], source: tuple[int, ...], element: Box) -> tu
     return start, stop
 
 
-def _layout(ops: Sequence[Op], x: Array) -> Array:
+def layout(ops: Sequence[Op], x: Array) -> Array:
     """The ops in NumPy, on whole rows of the source. The first size of a split follows from the rows that are there."""
     for op in ops:
         match op:
@@ -168,6 +175,8 @@ def _layout(ops: Sequence[Op], x: Array) -> Array:
                 x = x.reshape(x.shape[:axis] + _run(x.shape[axis], sizes) + x.shape[axis + 1 :])
             case Merge(axis, count):
                 x = x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + count :])
+            case Stride(axis, start, step):
+                x = x[(slice(None),) * axis + (slice(start, None, step),)]
             case InterleaveHalves():
                 target = np.empty_like(x)
                 target[..., 0::2], target[..., 1::2] = np.split(x, 2, axis=-1)
@@ -186,25 +195,3 @@ def _run(length: int, sizes: Sequence[int]) -> tuple[int, ...]:
     """The shape of a row-major run of so many elements of an array of these sizes."""
     inner = math.prod(sizes[1:])
     return (length // inner, *sizes[1:]) if length % inner == 0 else (1, *_run(length, sizes[1:]))
-
-
-def _decode(directory: str, tensor: StoredTensor, start: int, stop: int) -> Array:
-    """Rows of a stored tensor: as stored if it is plain, else as float32."""
-    parts = [_read(directory, part, start, stop) for part in tensor.parts]
-    if not isinstance(tensor.codec, PackQuantizedInt4):
-        return parts[0]
-    packed, scale = parts
-    words = packed.view("<u4")[..., np.newaxis]
-    values = (words >> (4 * np.arange(8, dtype=np.uint32))) & np.uint32(15)
-    values = values.reshape(stop - start, -1)[:, : tensor.shape[1]]
-    scales = np.repeat(scale.astype(np.float32), math.ceil(tensor.shape[1] / scale.shape[1]), axis=1)
-    return (values.astype(np.float32) - np.float32(8)) * scales
-
-
-def _read(directory: str, part: Part, start: int, stop: int) -> Array:
-    shape = (stop - start, *part.shape[1:])
-    count = math.prod(shape)
-    row = math.prod(part.shape[1:]) * part.dtype.itemsize
-    path = os.path.join(directory, part.tensor.file)
-    data = np.fromfile(path, part.dtype, count, offset=part.tensor.offset + start * row)
-    return data.reshape(shape)

@@ -2,10 +2,11 @@
 
     .venv/bin/python scripts/bench_memory.py --work_dir DIR
 
-Converts Kimi-K2.6 at true width (7168, 2048) with 8, 32 and 96 experts, scanned and unscanned, under
-`--host_memory_gb=1`, each in a process of its own, and prints the peak resident memory over what the process holds
-after its imports. Fails if a peak is above the budget plus 0.5 GiB, or if it grows with the model: by more than 5 % of
-what the output grows by. It may grow a little, for with more experts a box holds more of them, up to a limit.
+Converts Kimi-K2.6, or with `--family=deepseek-fp8` DeepSeek-V3 as it is published, at true width (7168, 2048) with 8,
+32 and 96 experts, scanned and unscanned, under `--host_memory_gb=1`, each in a process of its own, and prints the peak
+resident memory over what the process holds after its imports. Fails if a peak is above the budget plus 0.5 GiB, or if
+it grows with the model: by more than 5 % of what the output grows by. It may grow a little, for with more experts a box
+holds more of them, up to a limit.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--work_dir", type=Path, required=True, help="a directory with 20 GB free, for temporary files")
     parser.add_argument("--devices", type=int, default=1, help="simulated devices (default: 1)")
     parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS)
+    parser.add_argument("--family", choices=("kimi-k2.6", "deepseek-fp8"), default="kimi-k2.6")
     arguments = parser.parse_args()
 
     table = Table("experts", "layers", "output GB", "seconds", "base GB", "peak over base GB")
@@ -64,7 +66,7 @@ def main() -> int:
     peaks: dict[str, list[int]] = {"scanned": [], "unscanned": []}
     for experts in arguments.experts:
         source, output = arguments.work_dir / "hf", arguments.work_dir / "maxtext"
-        make_checkpoint(source, experts)
+        make_checkpoint(source, arguments.family, experts)
         for layers, layer_peaks in peaks.items():
             result = convert(source, output, layers, arguments.devices)
             shutil.rmtree(output)
@@ -90,11 +92,12 @@ def main() -> int:
     return 0 if within and flat else 1
 
 
-def make_checkpoint(directory: Path, experts: int) -> None:
-    """Writes a Kimi-K2.6 of true width with two layers, one of them with experts."""
+def make_checkpoint(directory: Path, family: str, experts: int) -> None:
+    """Writes a checkpoint of true width with two layers, one of them with experts."""
     shutil.rmtree(directory, ignore_errors=True)
     command = [sys.executable, str(Path(__file__).with_name("make_checkpoint.py")), "--out", str(directory)]
-    flags = ["--true_sizes", "--layers", "2", "--experts", str(experts), "--vocab", "4096", "--files", "4"]
+    flags = ["--family", family, "--true_sizes", "--layers", "2", "--dense_layers", "1", "--experts", str(experts)]
+    flags += ["--vocab", "4096", "--files", "4"]
     subprocess.run(command + flags, check=True)
 
 

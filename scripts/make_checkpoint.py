@@ -5,8 +5,9 @@
     python make_checkpoint.py --out DIR --headers_only --files 64           # all of Kimi-K2.6, as sparse files
 
 Sizes that no flag gives are those of a tiny model or, with --headers_only or --true_sizes, of the real one. Kimi's
-routed experts are int4 in the `pack-quantized` format of compressed-tensors, all else is bf16, and one `weight_scale`
-lies in another file than its `weight_packed`, as it may in real checkpoints. The same flags give the same bytes.
+routed experts are int4 in the `pack-quantized` format of compressed-tensors, the projections of `deepseek-fp8` are FP8
+in blocks of 128 x 128, all else is bf16, and one scale lies in another file than its weight, as it may in real
+checkpoints. The same flags give the same bytes.
 """
 
 import argparse
@@ -25,9 +26,10 @@ Config: TypeAlias = dict[str, Any]
 Pools: TypeAlias = Mapping[str, memoryview]
 
 GROUP = 32  # Weights that share a scale in Kimi-K2.6.
-ITEM_BYTES = {"F32": 4, "I32": 4, "BF16": 2}
+BLOCK = 128  # Rows, and columns, that share a scale in DeepSeek-V3.
+ITEM_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F8_E4M3": 1}
 # safetensors puts larger dtypes first, then sorts by name, so that every tensor is aligned.
-DTYPE_ORDER = ("F32", "I32", "BF16")
+DTYPE_ORDER = ("F32", "I32", "BF16", "F8_E4M3")
 
 # Values come from pools of random items that all tensors share, each from its own start: far faster than fresh random
 # numbers. The prime length keeps the rows of a tensor apart (their length never divides it), and the starts too.
@@ -48,6 +50,10 @@ DEEPSEEK: Config = json.loads("""{
   "max_position_embeddings": 163840, "rope_theta": 10000,
   "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
                    "original_max_position_embeddings": 4096, "type": "yarn"}
+}""")
+DEEPSEEK_FP8: Config = DEEPSEEK | json.loads("""{
+  "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                          "weight_block_size": [128, 128]}
 }""")
 DEEPSEEK_V2_LITE: Config = DEEPSEEK | json.loads("""{
   "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400,
@@ -94,7 +100,13 @@ LLAMA: Config = json.loads("""{
   "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                    "original_max_position_embeddings": 8192, "rope_type": "llama3"}
 }""")
-TEXT_CONFIGS = {"kimi-k2.6": KIMI_TEXT, "deepseek": DEEPSEEK, "deepseek-v2-lite": DEEPSEEK_V2_LITE, "llama": LLAMA}
+TEXT_CONFIGS = {
+    "kimi-k2.6": KIMI_TEXT,
+    "deepseek": DEEPSEEK,
+    "deepseek-fp8": DEEPSEEK_FP8,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "llama": LLAMA,
+}
 
 # The sizes that flags may set, as `config.json` calls them, with those of a tiny model.
 SIZES = {
@@ -161,18 +173,34 @@ def weight(name: str, *shape: int) -> Tensor:
     return Tensor(name, "BF16", shape, "norm" if name.endswith("norm.weight") else "weight")
 
 
-def quantized(name: str, rows: int, columns: int) -> Iterator[Tensor]:
+def quantization(c: Config) -> str | None:
+    """The method of quantization that a config announces."""
+    method: str | None = c.get("quantization_config", {}).get("quant_method")
+    return method
+
+
+def linear(name: str, c: Config, rows: int, columns: int) -> Iterator[Tensor]:
+    """A projection: FP8 and its scales in a checkpoint that is quantized so, else bf16."""
+    if quantization(c) == "fp8":
+        yield Tensor(f"{name}.weight", "F8_E4M3", (rows, columns), "bytes")
+        yield Tensor(f"{name}.weight_scale_inv", "F32", (-(-rows // BLOCK), -(-columns // BLOCK)), "block scale")
+    else:
+        yield weight(f"{name}.weight", rows, columns)
+
+
+def packed(name: str, rows: int, columns: int) -> Iterator[Tensor]:
     """The three tensors of an int4 weight in the `pack-quantized` format."""
     yield Tensor(f"{name}.weight_packed", "I32", (rows, columns // 8), "codes")
     yield Tensor(f"{name}.weight_scale", "BF16", (rows, columns // GROUP), "scale")
     yield Tensor(f"{name}.weight_shape", "I32", (2,), "shape", (rows, columns))
 
 
-def mlp(prefix: str, hidden: int, inner: int, *, packed: bool = False) -> Iterator[Tensor]:
+def mlp(prefix: str, c: Config, inner: int, *, int4: bool = False) -> Iterator[Tensor]:
     """A gated MLP."""
+    hidden = c["hidden_size"]
     for part, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
         name = f"{prefix}.{part}_proj"
-        yield from quantized(name, rows, columns) if packed else [weight(f"{name}.weight", rows, columns)]
+        yield from packed(name, rows, columns) if int4 else linear(name, c, rows, columns)
 
 
 def grouped_attention(prefix: str, c: Config) -> Iterator[Tensor]:
@@ -189,15 +217,15 @@ def latent_attention(prefix: str, c: Config) -> Iterator[Tensor]:
     hidden, heads, rank = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     query = heads * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"])
     if c["q_lora_rank"] is None:
-        yield weight(f"{prefix}.q_proj.weight", query, hidden)
+        yield from linear(f"{prefix}.q_proj", c, query, hidden)
     else:
-        yield weight(f"{prefix}.q_a_proj.weight", c["q_lora_rank"], hidden)
+        yield from linear(f"{prefix}.q_a_proj", c, c["q_lora_rank"], hidden)
         yield weight(f"{prefix}.q_a_layernorm.weight", c["q_lora_rank"])
-        yield weight(f"{prefix}.q_b_proj.weight", query, c["q_lora_rank"])
-    yield weight(f"{prefix}.kv_a_proj_with_mqa.weight", rank + c["qk_rope_head_dim"], hidden)
+        yield from linear(f"{prefix}.q_b_proj", c, query, c["q_lora_rank"])
+    yield from linear(f"{prefix}.kv_a_proj_with_mqa", c, rank + c["qk_rope_head_dim"], hidden)
     yield weight(f"{prefix}.kv_a_layernorm.weight", rank)
-    yield weight(f"{prefix}.kv_b_proj.weight", heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), rank)
-    yield weight(f"{prefix}.o_proj.weight", hidden, heads * c["v_head_dim"])
+    yield from linear(f"{prefix}.kv_b_proj", c, heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), rank)
+    yield from linear(f"{prefix}.o_proj", c, hidden, heads * c["v_head_dim"])
 
 
 def experts(prefix: str, c: Config) -> Iterator[Tensor]:
@@ -207,8 +235,8 @@ def experts(prefix: str, c: Config) -> Iterator[Tensor]:
     if c["topk_method"] == "noaux_tc":
         yield Tensor(f"{prefix}.gate.e_score_correction_bias", "F32", (c["n_routed_experts"],), "bias")
     for expert in range(c["n_routed_experts"]):
-        yield from mlp(f"{prefix}.experts.{expert}", hidden, inner, packed="quantization_config" in c)
-    yield from mlp(f"{prefix}.shared_experts", hidden, inner * c["n_shared_experts"])
+        yield from mlp(f"{prefix}.experts.{expert}", c, inner, int4=quantization(c) == "compressed-tensors")
+    yield from mlp(f"{prefix}.shared_experts", c, inner * c["n_shared_experts"])
 
 
 def text_tensors(prefix: str, c: Config) -> Iterator[Tensor]:
@@ -223,7 +251,7 @@ def text_tensors(prefix: str, c: Config) -> Iterator[Tensor]:
         if "n_routed_experts" in c and number >= c["first_k_dense_replace"]:
             yield from experts(f"{layer}.mlp", c)
         else:
-            yield from mlp(f"{layer}.mlp", hidden, c["intermediate_size"])
+            yield from mlp(f"{layer}.mlp", c, c["intermediate_size"])
     yield weight(f"{prefix}model.norm.weight", hidden)
     yield weight(f"{prefix}lm_head.weight", c["vocab_size"], hidden)
 
@@ -260,7 +288,7 @@ def all_tensors(config: Config) -> list[Tensor]:
 def split(tensors: Sequence[Tensor], files: int) -> list[list[Tensor]]:
     """Deals the tensors out to files of about the same length; one scale goes to the last file, its codes do not."""
     total, done = sum(tensor.nbytes for tensor in tensors), 0
-    stray = next((tensor for tensor in tensors if tensor.values == "scale"), None)
+    stray = next((tensor for tensor in tensors if tensor.values in ("scale", "block scale")), None)
     parts: list[list[Tensor]] = [[] for _ in range(files)]
     for tensor in tensors:
         parts[-1 if tensor is stray else done * files // total].append(tensor)
@@ -291,9 +319,21 @@ def make_pools(seed: int) -> Pools:
         "norm": (1 + 0.1 * normal).astype(ml_dtypes.bfloat16),
         "bias": 8 + 0.1 * normal,
         "scale": rng.uniform(1e-3, 1e-2, POOL_ITEMS).astype(ml_dtypes.bfloat16),
-        "codes": rng.integers(0, 2**32, POOL_ITEMS, np.uint32),
+        "codes": int4_words(rng),
+        "block scale": rng.uniform(1e-5, 1e-4, POOL_ITEMS).astype(np.float32),
+        # FP8 codes of both signs, without those of NaN.
+        "bytes": rng.integers(0, 127, POOL_ITEMS, np.uint8) | rng.choice(np.array([0, 128], np.uint8), POOL_ITEMS),
     }
     return {name: array.view(np.uint8).data for name, array in arrays.items()}
+
+
+def int4_words(rng: np.random.Generator) -> np.ndarray:
+    """Words of eight int4 codes as training for int4 leaves them: from -7 to 7, and in each word a 7 or a -7."""
+    words = np.zeros(POOL_ITEMS, np.uint32)
+    for position in range(8):
+        nibbles = rng.integers(1, 16, POOL_ITEMS, np.uint32) if position else rng.choice((1, 15), POOL_ITEMS)
+        words |= nibbles.astype(np.uint32) << np.uint32(4 * position)
+    return words
 
 
 def write_values(file: BinaryIO, tensor: Tensor, number: int, pools: Pools) -> None:

@@ -21,7 +21,7 @@ echo "== Converting it"
   --simulated_cpu_devices_count=8 --host_memory_gb=1
 
 echo "== Comparing every value with the source"
-.venv/bin/slicecast verify "$output/maxtext" --hf_model_path="$output/hf"
+.venv/bin/slicecast verify "$output/maxtext" --hf_model_path="$output/hf" --requantize
 
 echo "== To load it, give MaxText"
 echo "load_parameters_path=$PWD/$output/maxtext/0/items"

@@ -421,7 +421,7 @@ class Clock:
 
 def wave(in_gb: float, out_gb: float) -> Wave:
     """A wave of one box that costs so much; nothing else of the box is looked at."""
-    costs = Costs(int(in_gb * GB), int(out_gb * GB), on_device=True)
+    costs = Costs(int(in_gb * GB), int(in_gb * GB), int(out_gb * GB), on_device=True)
     return Wave((WorkBox(cast(PlannedLeaf, None), Box((), ()), costs),))
 
 

@@ -11,36 +11,43 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+import samples
+import stored as checkpoints
 from jax.sharding import Mesh
 
 from slicecast.configs import families
-from slicecast.convert import device, verify
+from slicecast.convert import definition, device, verify
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.codecs import detect
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.device import DeviceRunner, Step
 from slicecast.convert.mapping import ops
-from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Split, Transpose
+from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Split, Stride, Transpose
 from slicecast.convert.memory import chips_used
 from slicecast.convert.source.safetensors_header import TensorInfo
 
 Array = npt.NDArray[Any]
 
 DEVICES = 8
-INT4 = QuantizationConfig("compressed-tensors pack-quantized", None, None)
+INT4 = QuantizationConfig("compressed-tensors", "compressed-tensors pack-quantized", bits=frozenset((4,)))
 
 # Every chain of ops that the families use (checked below): the source, and the target axis that follows its rows.
 ROTARY = InterleaveHalves()
 CHAINS: dict[str, tuple[tuple[Op, ...], Shape, int]] = {
     "copy 1d": ((), (24,), 0),
     "copy": ((), (24, 10), 0),
+    "copy 3d": ((), (24, 4, 5), 0),
+    "heads": ((Split(0, (4, 6)),), (24,), 0),
+    "odd 2d": ((Stride(1, 1, 2),), (24, 10), 0),
+    "odd 3d": ((Stride(2, 1, 2),), (24, 3, 10), 0),
     "transpose": ((Transpose(),), (24, 16), 1),
     "split out": ((Transpose(), Split(1, (4, 6))), (24, 16), 1),
     "split in": ((Transpose(), Split(0, (4, 6))), (16, 24), 2),
@@ -145,8 +152,8 @@ def independent(tensor: StoredTensor, step: Step, parts: Sequence[Array]) -> Arr
                 for part, info in zip(parts, tensor.parts, strict=True):
                     file.seek(info.tensor.offset)
                     file.write(part[i].tobytes())
-            x = verify._decode(directory, tensor, 0, rows)
-        values.append(verify._layout(step.ops, x).reshape(step.element).astype(step.dtype))
+            x = definition.rows(directory, tensor, 0, rows)
+        values.append(verify.layout(step.ops, x).reshape(step.element).astype(step.dtype))
     return np.stack(values)
 
 
@@ -169,6 +176,9 @@ def test_the_chains_are_those_of_the_families() -> None:
         for name in ("llama3.1-8b", "llama2-7b")
     ]
     models.append(families.recognize(deepseek | {"architectures": ["DeepseekV3ForCausalLM"]}))
+    gpt_oss = llama | {"num_local_experts": 3, "layer_types": ["sliding_attention", "full_attention"]}
+    gpt_oss |= {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "tie_word_embeddings": False}
+    models.append(families.recognize(gpt_oss))
 
     def kind(chain: tuple[Op, ...], shape: Shape) -> tuple[object, ...]:
         return (len(shape), *((type(op), getattr(op, "axis", None)) for op in chain))
@@ -217,6 +227,78 @@ def test_every_codec_and_dtype(child: Callable[..., Any], dtype: str, chain: str
     assert_same_bits(child(_run, DEVICES, step, parts), wanted)
 
 
+Prepared = tuple[Step, list[Array], Array]
+
+
+def prepared(directory: Path, name: str, batch: int, rows: tuple[int, int], chain: tuple[Op, ...]) -> Prepared:
+    """A step, and what it takes and gives, for some rows of several tensors in one of all formats.
+
+    The tensors are read and prepared as the pipeline does it; what they give is what `verify` expects.
+    """
+    made = [samples.MAKERS[name](np.random.default_rng(seed)) for seed in range(batch)]
+    tensors = {f"{i}.{key}": content for i, sample in enumerate(made) for key, content in sample.tensors.items()}
+    checkpoints.write(directory, tensors, made[0].config)
+    shape = made[0].shape
+    found = [checkpoints.find(directory, f"{i}.{sample.name}", shape) for i, sample in enumerate(made)]
+    assert len({tensor.codec for tensor in found}) == 1
+    arrays = [checkpoints.prepare(directory, tensor, *rows) for tensor in found]
+    row_axis = 1 if chain else 0
+    element = Box.whole(ops.target_shape(chain, (rows[1] - rows[0], *shape[1:])))
+    step = Step(found[0].codec, chain, shape, element.shape, row_axis, "bfloat16")
+    wanted = []
+    for tensor in found:
+        with np.errstate(all="ignore"):
+            values = verify.layout(chain, definition.rows(str(directory), tensor, *rows))
+            wanted.append(values.reshape(element.shape).astype(ml_dtypes.bfloat16))
+    return step, [np.stack(of_tensors) for of_tensors in zip(*arrays, strict=True)], np.stack(wanted)
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+@pytest.mark.parametrize("name", samples.QUANTIZED)
+def test_every_format(child: Callable[..., Any], tmp_path: Path, name: str, batch: int) -> None:
+    """Three tensors of which each chip gets rows, and four of which each pair of chips shares one."""
+    chain = () if name == "mxfp4 gpt-oss" else (Transpose(),)
+    rows = samples.EXPERTS if name == "mxfp4 gpt-oss" else samples.OUT
+    step, parts, wanted = prepared(tmp_path, name, batch, (0, rows), chain)
+    samples.assert_same(child(_run, DEVICES, step, parts), wanted)
+
+
+@pytest.mark.parametrize("rows", [(0, 16), (8, 24), (4, 20), (5, 21), (7, 15), (3, 15), (2, 13)], ids=str)
+@pytest.mark.parametrize("name", ["awq", "gptq v1", "gptq desc_act", "fp8 blocks", "int4 asymmetric", "nvfp4"])
+def test_rows_that_chips_share_and_rows_that_they_do_not(
+    child: Callable[..., Any], tmp_path: Path, name: str, rows: tuple[int, int]
+) -> None:
+    """AWQ's rows are in words of eight: two chips share 16 of them, wherever they begin; 12 and 11 stay together."""
+    step, parts, wanted = prepared(tmp_path, name, 3, rows, (Transpose(),))
+    count = rows[1] - rows[0]
+    assert step.rows == ({16: 2, 8: 1}.get(count) if name == "awq" else count)
+    samples.assert_same(child(_run, DEVICES, step, parts), wanted)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq v1", "fp8 blocks", "mxfp4 packed", "bnb nested", "mlx"])
+def test_formats_in_heads(child: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    """Four heads of six rows, multiplied and rounded once at the end: no chip gets part of a word of AWQ."""
+    chain = (Transpose(), Split(1, (4, 6)), ROTARY, Scale(6**-0.5))
+    step, parts, wanted = prepared(tmp_path, name, 2, (0, 24), chain)
+    assert step.rows == (None if name == "awq" else 4)
+    samples.assert_same(child(_run, DEVICES, step, parts), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "specs"),
+    [
+        ("bf16", [("batch", "rows")]),
+        ("int4 asymmetric", [("batch", "rows")] * 3),
+        ("nvfp4", [("batch", "rows"), ("batch", "rows"), ("batch",)]),
+        ("gptq desc_act", [("batch", None, "rows")] * 3 + [("batch",)]),
+        ("awq", [("batch", None, "rows")] * 3),
+    ],
+)
+def test_how_arrays_are_divided(tmp_path: Path, name: str, specs: list[tuple[str | None, ...]]) -> None:
+    step, parts, _ = prepared(tmp_path, name, 1, (0, 24), (Transpose(),))
+    assert [tuple(step.spec(i)) for i in range(len(parts))] == specs
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("chain", ["split out", "rotary scale"])
 def test_parts_of_a_tensor(child: Callable[..., Any], chain: str, rows: int) -> None:
@@ -261,7 +343,7 @@ def _compilations(step: Step, batches: Sequence[Sequence[Array]]) -> list[tuple[
         programs = device.program.cache_info().misses - before
         over_batch, over_rows = chips_used(len(parts[0]), step.rows, DEVICES)
         devices = np.array(runner.devices[: over_batch * over_rows]).reshape(over_batch, over_rows)
-        program: Any = device.program(step, Mesh(devices, ("batch", "rows")))
+        program: Any = device.program(step, Mesh(devices, ("batch", "rows")), len(parts))
         counts.append((programs, program._cache_size()))
     return counts
 

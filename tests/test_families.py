@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from slicecast.configs import families, maxtext
+from slicecast.configs.families import llama
 from slicecast.convert.errors import ConfigError, SlicecastError, TargetError, UnsupportedArchitectureError
 from slicecast.convert.mapping import ops
-from slicecast.convert.mapping.ops import InterleaveHalves, Scale, Split, Transpose
-from slicecast.convert.mapping.rules import Model, Rule
+from slicecast.convert.mapping.ops import InterleaveHalves, Scale, Split, Stride, Transpose
+from slicecast.convert.mapping.rules import Model, Rule, Stack
 from slicecast.convert.mapping.target import Layout, Leaf, leaves
 
 Config = dict[str, Any]
@@ -156,10 +157,42 @@ LLAMA_3_2_1B: Config = LLAMA_3_1_8B | {
     "tie_word_embeddings": True,
 }
 
+GPT_OSS_20B: Config = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+GPT_OSS_120B: Config = GPT_OSS_20B | {
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+}
+
 # MaxText's name of each model that there is a snapshot of.
 CONFIGS: dict[str, Config] = {
     "deepseek2-16b": DEEPSEEK_V2_LITE,
     "deepseek3-671b": DEEPSEEK_V3,
+    "gpt-oss-120b": GPT_OSS_120B,
+    "gpt-oss-20b": GPT_OSS_20B,
     "kimi-k2-1t": KIMI_K2,
     "llama2-7b": LLAMA_2_7B,
     "llama3-8b": LLAMA_3_8B,
@@ -182,6 +215,8 @@ KIMI_K26: Config = {
 PARAMETERS = {  # As the publishers count them, within what their names say.
     "deepseek2-16b": 15.7e9,
     "deepseek3-671b": 671e9,
+    "gpt-oss-120b": 116.83e9,
+    "gpt-oss-20b": 20.91e9,
     "kimi-k2-1t": 1026e9,
     "llama2-7b": 6.74e9,
     "llama3-8b": 8.03e9,
@@ -234,7 +269,8 @@ def test_leaves_are_exactly_those_of_maxtext(model_name: str, scan_layers: bool,
     assert {path: (leaf.shape, leaf.axes) for path, leaf in found.items()} == snapshot(model_name, scan_layers)
     for path, leaf in found.items():
         assert leaf.name == path.replace("/", ".")
-        assert leaf.dtype == ("float32" if path.endswith("/gate/bias") else "bfloat16")
+        # DeepSeek and Kimi publish their router's bias in float32.
+        assert leaf.dtype == ("float32" if path.endswith("/MoeBlock_0/gate/bias") else "bfloat16")
     maxtext.check(model_name, layout, found.values())
 
 
@@ -256,14 +292,15 @@ def test_each_rule_fits_its_tensor(model_name: str) -> None:
     for each in families.recognize(CONFIGS[model_name]).rules:
         element = ops.target_shape(each.ops, each.shape)
         assert len(each.axes) == len(element)
-        assert ops.target_shape(ops.invert(each.ops, each.shape), element) == each.shape
+        if not any(isinstance(op, Stride) for op in each.ops):  # Half of a tensor leads back to no whole one.
+            assert ops.target_shape(ops.invert(each.ops, each.shape), element) == each.shape
         assert each.dtype in (None, "float32")
 
 
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
 @pytest.mark.parametrize("model_name", CONFIGS)
-def test_every_source_tensor_is_read_once(model_name: str, scan_layers: bool) -> None:
-    """The names, against a list written independently of the rules."""
+def test_every_source_tensor_is_read(model_name: str, scan_layers: bool) -> None:
+    """The names, once for each leaf that they fill, against a list written independently of the rules."""
     config = CONFIGS[model_name]
     model = families.recognize(config)
     names = []
@@ -277,6 +314,8 @@ def test_every_source_tensor_is_read_once(model_name: str, scan_layers: bool) ->
 
 
 def source_names(config: Config) -> list[str]:
+    if "num_local_experts" in config:
+        return gpt_oss_source_names(config["num_hidden_layers"])
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if "kv_lora_rank" in config:
@@ -293,6 +332,20 @@ def source_names(config: Config) -> list[str]:
             if config["topk_method"] == "noaux_tc":
                 names.append(f"{here}.mlp.gate.e_score_correction_bias")
         names += [f"{here}.mlp.{b}{p}_proj.weight" for b in blocks for p in ("gate", "up", "down")]
+    return names
+
+
+def gpt_oss_source_names(layers: int) -> list[str]:
+    """Gate and up are one tensor, which fills two leaves."""
+    attention = [f"{part}_proj.{kind}" for part in "qkvo" for kind in ("weight", "bias")]
+    experts = ["down_proj", "down_proj_bias", *["gate_up_proj", "gate_up_proj_bias"] * 2]
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for layer in range(layers):
+        here = f"model.layers.{layer}"
+        names += [f"{here}.input_layernorm.weight", f"{here}.post_attention_layernorm.weight"]
+        names += [f"{here}.self_attn.{part}" for part in (*attention, "sinks")]
+        names += [f"{here}.mlp.router.weight", f"{here}.mlp.router.bias"]
+        names += [f"{here}.mlp.experts.{part}" for part in experts]
     return names
 
 
@@ -394,6 +447,60 @@ def test_expert_layers_begin_after_the_dense_ones() -> None:
     assert names == [f"model.layers.{layer}.self_attn.q_a_proj.weight" for layer in (0, 2, 3, 60)]
 
 
+# ---- gpt-oss
+
+
+@pytest.mark.parametrize("config", [GPT_OSS_20B, GPT_OSS_120B], ids=["20b", "120b"])
+def test_layers_of_a_cycle_are_stacked_by_kind(config: Config) -> None:
+    """Element b of the stack of kind p is layer 2b + p; unscanned leaves have the numbers of the source."""
+    model = families.recognize(config)
+    scanned, unscanned = (target(model, Layout(scan_layers)) for scan_layers in (True, False))
+    pairs = config["num_hidden_layers"] // 2
+    for kind in (0, 1):
+        leaf = scanned[f"params/params/decoder/layers/layers_{kind}/GptOssAttention/sinks"]
+        assert leaf.shape == (64, pairs)
+        names = [leaf.source((pair,)) for pair in range(pairs)]
+        assert names == [f"model.layers.{layer}.self_attn.sinks" for layer in range(kind, 2 * pairs, 2)]
+    for layer in range(2 * pairs):
+        leaf = unscanned[f"params/params/decoder/layers_{layer}/GptOssAttention/sinks"]
+        assert leaf.source(()) == f"model.layers.{layer}.self_attn.sinks"
+
+
+@pytest.mark.parametrize("cycle", [1, 4, 6])
+def test_a_cycle_of_any_length(cycle: int) -> None:
+    """Five cycles after three layers that are no part of them."""
+    scanned, unscanned = {}, {}
+    for kind in range(cycle):
+        stack = Stack("layer", "layers", start=3 + kind, size=5, step=cycle, block=f"blocks/layers_{kind}")
+        rule = Rule("x.{layer}.y", (7,), "decoder/{layers}/z", (), ("norm",), (stack,))
+        (leaf,) = leaves(rule, Layout(True))
+        assert (leaf.shape, leaf.axes) == ((7, 5), ("norm", "layers"))
+        scanned[leaf.path] = [leaf.source((index,)) for index in range(5)]
+        unscanned |= {leaf.path: leaf.source(()) for leaf in leaves(rule, Layout(False))}
+    root = "params/params/decoder"
+    for kind in range(cycle):
+        names = [f"x.{3 + kind + cycle * index}.y" for index in range(5)]
+        assert scanned.pop(f"{root}/blocks/layers_{kind}/z") == names
+    assert scanned == {}
+    assert unscanned == {f"{root}/layers_{layer}/z": f"x.{layer}.y" for layer in range(3, 3 + 5 * cycle)}
+
+
+def test_gate_and_up_are_the_even_and_odd_columns_of_one_tensor() -> None:
+    model = families.recognize(GPT_OSS_20B)
+    for first, leaf in enumerate(("wi_0", "wi_1")):
+        for suffix, axis in (("", 2), ("_bias", 1)):
+            rules = [each for each in model.rules if each.target.endswith(f"/{leaf}{suffix}")]
+            assert {each.source for each in rules} == {f"model.layers.{{layer}}.mlp.experts.gate_up_proj{suffix}"}
+            assert {each.ops for each in rules} == {(Stride(axis, first, 2),)}
+
+
+def test_an_odd_number_of_gpt_oss_layers_is_refused() -> None:
+    config = {key: value for key, value in GPT_OSS_20B.items() if key != "layer_types"} | {"num_hidden_layers": 23}
+    with pytest.raises(ConfigError, match=r"field 'num_hidden_layers' is 23.*cycles of 2"):
+        families.recognize(config)
+    assert families.recognize(config | {"num_hidden_layers": 22}).family == "gpt_oss"
+
+
 # ---- Llama
 
 
@@ -480,14 +587,15 @@ def test_only_queries_are_scaled() -> None:
         scaled = {
             each.target for each in families.recognize(config).rules if any(isinstance(op, Scale) for op in each.ops)
         }
-        assert scaled == (set() if "kv_lora_rank" in str(config) else {"decoder/{layers}/self_attention/query/kernel"})
+        is_llama = config["architectures"][0] in llama.ARCHITECTURES
+        assert scaled == ({"decoder/{layers}/self_attention/query/kernel"} if is_llama else set())
 
 
 # ---- Refusals
 
 
 def test_unknown_architectures() -> None:
-    for value in (None, [], ["GptOssForCausalLM"], ["Foo", "Bar"]):
+    for value in (None, [], ["GPT2LMHeadModel"], ["Foo", "Bar"]):
         with pytest.raises(UnsupportedArchitectureError) as error:
             families.recognize(LLAMA_2_7B | {"architectures": value})
         for name in (*(value or ["(none given)"]), *families.supported_architectures()):
@@ -525,6 +633,19 @@ REQUIRED = {
             "qk_nope_head_dim",
             "qk_rope_head_dim",
             "v_head_dim",
+            "vocab_size",
+        ],
+    ),
+    "gpt_oss": (
+        GPT_OSS_20B,
+        [
+            "head_dim",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "num_key_value_heads",
+            "num_local_experts",
             "vocab_size",
         ],
     ),
@@ -574,6 +695,11 @@ def test_sizes_of_zero_are_named(family: str, field: str) -> None:
         (DEEPSEEK_V3, "n_shared_experts", "1"),
         (DEEPSEEK_V3, "tie_word_embeddings", 1),
         (KIMI_K26, "text_config", "text"),
+        (GPT_OSS_20B, "attention_bias", False),
+        (GPT_OSS_20B, "layer_types", ["full_attention", "sliding_attention"] * 12),
+        (GPT_OSS_20B, "layer_types", ["sliding_attention", "full_attention"] * 11),
+        (GPT_OSS_20B, "layer_types", "sliding_attention"),
+        (GPT_OSS_20B, "tie_word_embeddings", True),
     ],
 )
 def test_values_that_no_rule_covers_are_named(config: Config, field: str, value: Any) -> None:

@@ -1,7 +1,7 @@
 """The layout operations against index arithmetic: on whole arrays, on boxes, backwards, and where they refuse."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from slicecast.configs import families
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.mapping import ops
-from slicecast.convert.mapping.ops import DeinterleaveHalves, InterleaveHalves, Merge, Op, Scale, Split, Transpose
+from slicecast.convert.mapping.ops import (
+    DeinterleaveHalves,
+    InterleaveHalves,
+    Merge,
+    Op,
+    Scale,
+    Split,
+    Stride,
+    Transpose,
+)
 
 Array = npt.NDArray[Any]
 Case = tuple[tuple[Op, ...], Shape]
@@ -49,6 +58,8 @@ def source_index(op: Op, index: Shape, source: Shape) -> Shape:
                 position, digit = divmod(position, size)
                 digits.insert(0, digit)
             return (*index[:axis], *digits, *index[axis + 1 :])
+        case Stride(axis, start, step):
+            return (*index[:axis], start + step * index[axis], *index[axis + 1 :])
         case InterleaveHalves():
             pair, second = divmod(index[-1], 2)
             return (*index[:-1], pair + second * (source[-1] // 2))
@@ -62,14 +73,29 @@ def source_index(op: Op, index: Shape, source: Shape) -> Shape:
 
 def needed(chain: Sequence[Op], box: Box, source: Shape) -> list[Shape]:
     """The source elements that the elements of a target box come from, in the order of the box."""
+    return _backwards(chain, box, source, lambda op, index, shape: [source_index(op, index, shape)])
+
+
+def read(chain: Sequence[Op], box: Box, source: Shape) -> list[Shape]:
+    """The source elements that are read for a target box: those needed, and the rest of each period of a stride."""
+
+    def period(op: Op, index: Shape, shape: Shape) -> list[Shape]:
+        if not isinstance(op, Stride):
+            return [source_index(op, index, shape)]
+        return [source_index(Stride(op.axis, start, op.step), index, shape) for start in range(op.step)]
+
+    return _backwards(chain, box, source, period)
+
+
+def _backwards(
+    chain: Sequence[Op], box: Box, source: Shape, step: Callable[[Op, Shape, Shape], list[Shape]]
+) -> list[Shape]:
     shapes = [source]
     for op in chain:
         shapes.append(op.shape(shapes[-1]))
-    found = []
-    for index in itertools.product(*(range(low, high) for low, high in zip(box.start, box.stop, strict=True))):
-        for op, shape in zip(reversed(chain), reversed(shapes[:-1]), strict=True):
-            index = source_index(op, index, shape)
-        found.append(index)
+    found = list(itertools.product(*(range(low, high) for low, high in zip(box.start, box.stop, strict=True))))
+    for op, shape in zip(reversed(chain), reversed(shapes[:-1]), strict=True):
+        found = [origin for index in found for origin in step(op, index, shape)]
     return found
 
 
@@ -138,12 +164,23 @@ def transposes(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def chains(draw: st.DrawFn) -> Case:
+def strides(draw: st.DrawFn) -> Case:
+    shape = draw(shapes())
+    axis = draw(st.integers(0, len(shape) - 1))
+    step = draw(st.integers(1, 4))
+    shape[axis] *= step
+    return (Stride(axis, draw(st.integers(0, step - 1)), step),), tuple(shape)
+
+
+@st.composite
+def chains(draw: st.DrawFn, strided: bool = False) -> Case:
     """Up to four ops that fit one another; a scale is a power of two, so that it loses nothing."""
     source = tuple(draw(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=2)))
     shape, chain = source, list[Op]()
     for _ in range(draw(st.integers(1, 4))):
         options: list[Op] = [Scale(0.25)]
+        if strided:
+            options += [Stride(a, start, 2) for a, size in enumerate(shape) if size % 2 == 0 for start in (0, 1)]
         if len(shape) == 2:
             options.append(Transpose())
         if shape[-1] % 2 == 0:
@@ -175,8 +212,9 @@ def tiny_configs() -> list[dict[str, Any]]:
     deepseek |= {"num_attention_heads": 4, "kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4}
     deepseek |= {"v_head_dim": 6, "first_k_dense_replace": 1, "moe_intermediate_size": 8, "n_routed_experts": 3}
     deepseek |= {"n_shared_experts": 1, "architectures": ["DeepseekV3ForCausalLM"]}
+    gpt_oss = llama | {"num_local_experts": 3, "architectures": ["GptOssForCausalLM"]}
     llama31 = llama | {"rope_scaling": {"rope_type": "llama3"}}
-    return [llama, llama31, deepseek, deepseek | {"q_lora_rank": 7}]
+    return [llama, llama31, deepseek, deepseek | {"q_lora_rank": 7}, gpt_oss]
 
 
 def family_chains() -> list[Case]:
@@ -197,6 +235,8 @@ def test_the_families_use_the_chains_that_are_tested_here() -> None:
         ("Transpose", "Split", "Scale"),
         ("Transpose", "Split", "InterleaveHalves"),
         ("Transpose", "Split", "InterleaveHalves", "Scale"),
+        ("Split",),
+        ("Stride",),
     }
 
 
@@ -205,7 +245,7 @@ def check_box(chain: Sequence[Op], source: Shape, box: Box) -> None:
     chain_boxes = ops.boxes(chain, box, source)
     assert len(chain_boxes) == len(chain) + 1
     assert chain_boxes[-1] == box
-    points = needed(chain, box, source)
+    points = read(chain, box, source)
     assert chain_boxes[0] == bounds(points)
     assert chain_boxes[0].size == len(set(points)) == len(points)
     x = numbered(source)
@@ -214,7 +254,7 @@ def check_box(chain: Sequence[Op], source: Shape, box: Box) -> None:
 
 
 @compiled
-@given(with_box(st.one_of(transposes(), splits(), merges(), permutations(), chains())))
+@given(with_box(st.one_of(transposes(), splits(), merges(), strides(), permutations(), chains(), chains(strided=True))))
 def test_a_box_is_the_same_box_of_the_whole(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
     chain, source, box = case
     shapes_of_whole = [step.shape for step in ops.boxes(chain, Box.whole(ops.target_shape(chain, source)), source)[1:]]
@@ -235,7 +275,7 @@ def test_every_box_along_every_axis_of_the_families_chains(chain: tuple[Op, ...]
     for axis, size in enumerate(target):
         for low, high in itertools.combinations(sorted({0, 1, size // 2, size}), 2):
             box = Box.whole(target).with_axis(axis, low, high)
-            points = needed(chain, box, source)
+            points = read(chain, box, source)
             try:
                 check_box(chain, source, box)
             except ValueError:
@@ -279,6 +319,31 @@ def test_merges_are_refused_only_where_there_is_no_box(case: tuple[tuple[Op, ...
 
 
 @thorough
+@given(with_box(strides()))
+def test_strides_read_whole_periods(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
+    """No box is refused; that of a whole axis is the whole axis, so that what was one run of bytes stays one."""
+    chain, source, box = case
+    assert ops.boxes(chain, box, source)[0] == bounds(read(chain, box, source))
+    assert ops.boxes(chain, Box.whole(ops.target_shape(chain, source)), source)[0] == Box.whole(source)
+
+
+@thorough
+@given(strides())
+def test_strides_take_a_tensor_apart(case: Case) -> None:
+    """All starts of a step together hold each element once."""
+    ((op,), source) = case
+    assert isinstance(op, Stride)
+    x, elements = numbered(source), []
+    for start in range(op.step):
+        part = Stride(op.axis, start, op.step)
+        assert part.shape(source) == op.shape(source)
+        taken = np.asarray(part.apply(jnp.asarray(x), part.shape(source)))
+        assert_same_bits(taken, x[(slice(None),) * op.axis + (slice(start, None, op.step),)])
+        elements += taken.ravel().tolist()
+    assert sorted(elements) == x.ravel().tolist()
+
+
+@thorough
 @given(with_box(permutations()))
 def test_a_permuted_axis_must_be_whole(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
     chain, source, box = case
@@ -290,7 +355,7 @@ def test_a_permuted_axis_must_be_whole(case: tuple[tuple[Op, ...], Shape, Box]) 
 
 
 @thorough
-@given(with_box(chains()))
+@given(with_box(chains(strided=True)))
 def test_the_place_of_a_box_does_not_change_the_shapes_on_the_way(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
     """The device step is compiled once for all boxes of a shape."""
     chain, source, box = case
@@ -332,6 +397,17 @@ def test_the_inverse_leads_back(case: Case) -> None:
 def test_the_inverse_of_the_inverse_is_the_chain(case: Case) -> None:
     chain, source = case
     assert ops.invert(ops.invert(chain, source), ops.target_shape(chain, source)) == chain
+
+
+@thorough
+@given(chains(strided=True))
+def test_nothing_undoes_a_stride(case: Case) -> None:
+    chain, source = case
+    if not any(isinstance(op, Stride) for op in chain):
+        assert ops.target_shape(ops.invert(chain, source), ops.target_shape(chain, source)) == source
+        return
+    with pytest.raises(ValueError, match="leaves elements"):
+        ops.invert(chain, source)
 
 
 # ---- What the rotary permutation is
@@ -389,6 +465,10 @@ def test_the_chain_of_llama_queries() -> None:
         (Split(1, (2, 2)), (4, 5)),
         (InterleaveHalves(), (4, 3)),
         (DeinterleaveHalves(), (1,)),
+        (Stride(1, 0, 2), (4, 5)),
+        (Stride(0, 2, 2), (4,)),
+        (Stride(0, -1, 2), (4,)),
+        (Stride(0, 0, 0), (4,)),
     ],
     ids=str,
 )

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from headers import infos
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import QUANTIZED, SAMPLES
 
 from slicecast.configs import families, maxtext
 from slicecast.convert import plan as planning
@@ -36,8 +38,10 @@ from slicecast.convert.memory import (
     MAX_BOX_BYTES,
     MAX_DEVICE_SLOTS,
     MAX_WAVES_IN_FLIGHT,
+    Costs,
     Machine,
     chips_used,
+    row_shares,
 )
 from slicecast.convert.plan import Plan
 from slicecast.convert.source.checkpoint import Checkpoint
@@ -134,7 +138,7 @@ def source_parts(plan: Plan) -> Iterator[tuple[Part, int]]:
         start, stop = work.leaf.rows(work.box)
         for tensor in work.leaf.tensors(work.box):
             for part in tensor.parts:
-                yield Part(part.tensor.name, start, stop), part.span(start, stop).nbytes
+                yield Part(part.tensor.name, start, stop), sum(span.nbytes for span in part.spans(start, stop))
 
 
 def check_chunks(plan: Plan) -> None:
@@ -204,7 +208,7 @@ def check_shares(plan: Plan) -> None:
     places = []
     for work in order:
         first = work.leaf.sources[next(work.leaf.leaf.coordinates(work.box))].parts[0]
-        span = first.span(*work.leaf.rows(work.box))
+        span = first.spans(*work.leaf.rows(work.box))[0]
         places.append((span.file, span.offset))
     assert places == sorted(places)
     costs = [work.costs.in_bytes + work.costs.out_bytes for work in order]
@@ -286,6 +290,83 @@ def test_more_hosts_than_boxes() -> None:
     plan = make_plan(tiny("one head"), replace(HOST, hosts=1000))
     assert sum(1 for waves in plan.waves if waves) <= len(list(plan.boxes)) < 1000
     check(plan)
+
+
+# ---- Every format
+
+
+QUANTIZED_LINEAR = [name for name in QUANTIZED if name != "mxfp4 gpt-oss"]
+
+
+def quantized(name: str) -> Checkpoint:
+    """A tiny Llama of which the gate and up projections are stored in a format."""
+    source = make_source("llama", files=1, layers=3, hidden=64, intermediate=24, heads=2, kv_heads=1, vocab=50)
+    tensors = dict(source.tensors)
+    ((file, offset),) = source.file_sizes.items()
+    for weight in [name for name in tensors if name.endswith((".gate_proj.weight", ".up_proj.weight"))]:
+        del tensors[weight]
+        for part in infos(SAMPLES[name]).values():
+            full = weight.removesuffix("weight") + part.name.removeprefix("m.")
+            tensors[full] = replace(part, name=full, file=file, offset=offset)
+            offset += part.nbytes
+    return replace(source, config={**source.config, **SAMPLES[name].config}, tensors=tensors, file_sizes={file: offset})
+
+
+@pytest.mark.parametrize("machine", [HOST, SLICE, Machine(2, 8, 30_000, 30_000)], ids=["host", "slice", "small"])
+@pytest.mark.parametrize("name", QUANTIZED_LINEAR)
+def test_quantized_models(monkeypatch: pytest.MonkeyPatch, name: str, machine: Machine) -> None:
+    """Boxes of a few rows each: every stored byte is read, and the costs are the codecs'."""
+    monkeypatch.setattr(tiles, "COLUMN_BYTES", 1000)
+    monkeypatch.setattr(tiles, "MIN_CHUNK_BYTES", 32)
+    monkeypatch.setattr(tiles, "SMALL_BYTES", 32)
+    plan = make_plan(quantized(name), machine)
+    check_chunks(plan)
+    check_memory(plan)
+    check_shares(plan)
+    read = {part: bytearray(info.nbytes) for part, info in plan.checkpoint.tensors.items()}
+    for work in plan.boxes:
+        start, stop = work.leaf.rows(work.box)
+        tensors = work.leaf.tensors(work.box)
+        spans = [(part.tensor, span) for t in tensors for part in t.parts for span in part.spans(start, stop)]
+        assert work.costs.in_bytes == sum(span.nbytes for _, span in spans)
+        prepared = [tensor.codec.prepared_bytes(tensor.parts, stop - start) for tensor in tensors]
+        assert work.costs.prepared_bytes == sum(prepared)
+        for tensor, span in spans:
+            begin = span.offset - tensor.offset
+            assert begin >= 0
+            assert begin + span.nbytes <= tensor.nbytes
+            read[tensor.name][begin : begin + span.nbytes] = b"1" * span.nbytes
+    # Each of three layers in two boxes of twelve rows, where memory is small.
+    cut = [work for work in plan.boxes if work.leaf.leaf.path.endswith("wi_0/kernel")]
+    assert len(cut) == (6 if machine.host_bytes < GB else 1)
+    unread = {part for part, seen in read.items() if 0 in seen}
+    assert unread == {part for part in plan.checkpoint.tensors if part.endswith("weight_shape")}
+    kernels = {"gptq": {"gptq"}, "awq": {"awq"}, "bnb": set(), "mlx": set()}
+    assert plan.kernels == kernels.get(name.split()[0], {"grouped"})
+
+
+def test_rows_that_stay_together_on_a_chip() -> None:
+    """AWQ's words of eight rows: 24 rows of three layers are three shares, which eight chips cannot divide evenly."""
+    machine = Machine(1, 8, GB, GB)
+    for name, chips in (("awq", 1), ("gptq v1", 8), ("fp8 blocks", 8)):
+        plan = make_plan(quantized(name), machine)
+        (work,) = [work for work in plan.boxes if work.leaf.leaf.path.endswith("wi_0/kernel")]
+        assert work.leaf.tiling.row_axis is not None
+        assert (len(work.leaf.tensors(work.box)), work.box.shape[work.leaf.tiling.row_axis]) == (3, 24)
+        assert planning._device_bytes(work, machine) == work.costs.device_bytes(chips)
+    assert (row_shares(24, 8), row_shares(24, 1), row_shares(20, 8), row_shares(None, 8)) == (3, 24, None, None)
+
+
+def test_what_a_box_costs() -> None:
+    """The source as read, or as prepared if that is more; once more for the chips; the output twice or three times."""
+    slice_, host = SLICE, HOST
+    grown = Costs(in_bytes=100, prepared_bytes=300, out_bytes=1000, on_device=True)
+    assert (grown.host_bytes(slice_), grown.host_bytes(host)) == (300 + 300 + 2000, 300 + 300 + 3000)
+    shrunk = Costs(in_bytes=300, prepared_bytes=100, out_bytes=1000, on_device=True)
+    assert (shrunk.host_bytes(slice_), shrunk.host_bytes(host)) == (300 + 100 + 2000, 300 + 100 + 3000)
+    assert (grown.device_bytes(1), grown.device_bytes(4)) == (2300, 575)
+    copied = Costs(in_bytes=1000, prepared_bytes=1000, out_bytes=1000, on_device=False)
+    assert (copied.host_bytes(slice_), copied.host_bytes(host), copied.device_bytes(4)) == (2000, 2000, 0)
 
 
 # ---- What needs the chips

@@ -73,10 +73,23 @@ V2_LITE = {
     "n_shared_experts": 2,
     "vocab_size": 102400,
 }
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "vocab_size": 201088,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "Kimi-K2": DEEPSEEK_V3 | KIMI,
     "DeepSeek-V3": DEEPSEEK_V3,
     "DeepSeek-V2-Lite": DEEPSEEK_V3 | V2_LITE,
+    "gpt-oss-120B": GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
+    "gpt-oss-20B": GPT_OSS,
     "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000),
     "Llama-3.1-8B": llama(4096, 14336, 32, 32, 8, 128256) | {"rope_scaling": {"rope_type": "llama3"}},
     "Llama-3.1-70B": llama(8192, 28672, 80, 64, 8, 128256) | {"rope_scaling": {"rope_type": "llama3"}},
@@ -88,6 +101,8 @@ CHUNKS = {
     "Kimi-K2": 284_000,
     "DeepSeek-V3": 185_000,
     "DeepSeek-V2-Lite": 23_000,
+    "gpt-oss-120B": 30_000,
+    "gpt-oss-20B": 20_500,
     "Llama-2-7B": 4_000,
     "Llama-3.1-8B": 4_000,
     "Llama-3.1-70B": 18_000,
@@ -177,7 +192,10 @@ def test_the_readers_axes_are_cut_finely(name: str) -> None:
     for leaf, itemsize, tiling in tiled(MODELS[name], Layout(True)):
         for axis, logical in enumerate(leaf.axes):
             if logical == "exp":
-                assert -(-leaf.shape[axis] // tiling.chunk[axis]) >= EXPERT_CHUNKS
+                # Of experts that are one tensor, a small leaf (their biases) is not cut below what a chunk is worth.
+                of_one_layer = nbytes(leaf.element_shape, itemsize) // MIN_CHUNK_BYTES
+                wanted = EXPERT_CHUNKS if axis in dict(leaf.stacked) else min(EXPERT_CHUNKS, of_one_layer)
+                assert -(-leaf.shape[axis] // tiling.chunk[axis]) >= wanted
                 assert leaf.shape[axis] % tiling.chunk[axis] == 0
             elif logical is not None and logical.startswith("embed"):
                 of_one_layer = nbytes(tiling.column, itemsize) if axis != tiling.row_axis else COLUMN_BYTES
@@ -217,6 +235,23 @@ def test_kimi_spelled_out(scan: bool, suffix: str, expected: Tiling) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("scan", "suffix", "expected"),
+    [
+        # The rows of the source are the experts: 2 of 32 are a 16th, and 32 MB, which 16 chunks over embed share.
+        (True, "layers_1/GptOssMlp/wi_1", Tiling((2, 1, 180, 2880), (2, 1, 180, 2880), 0, (2, 1, 2880, 2880))),
+        (False, "layers_23/GptOssMlp/wi_1", Tiling((2, 180, 2880), (2, 180, 2880), 0, (2, 2880, 2880))),
+        (True, "layers_0/GptOssMlp/wo", Tiling((2, 1, 2880, 180), (2, 1, 2880, 180), 0, (2, 1, 2880, 2880))),
+        # 2.1 MiB are worth two chunks.
+        (True, "layers_1/GptOssMlp/wi_1_bias", Tiling((16, 12, 2880), (16, 12, 2880), 0, (16, 12, 2880))),
+        (True, "layers_1/GptOssAttention/sinks", Tiling((64, 12), (64, 12), 0, (64, 12))),
+    ],
+)
+def test_gpt_oss_spelled_out(scan: bool, suffix: str, expected: Tiling) -> None:
+    leaf = next(leaf for leaf in model_leaves(MODELS["gpt-oss-20B"], Layout(scan)) if leaf.path.endswith(suffix))
+    assert tiles.choose(leaf, 2) == expected
+
+
 def test_a_kimi_expert_chunk_is_7_mib() -> None:
     leaf = next(x for x in model_leaves(MODELS["Kimi-K2"], Layout(True)) if x.path.endswith("MoeBlock_0/wi_0"))
     tiling = tiles.choose(leaf, 2)
@@ -243,6 +278,8 @@ ODD = {
     "61 layers": llama(512, 1024, 61, 8, 2, 1000),
     "hidden 100": llama(100, 300, 7, 5, 5, 10007),
     "five experts": DEEPSEEK_V3 | {"n_routed_experts": 5, "num_hidden_layers": 4},
+    "five experts in one tensor": GPT_OSS | {"num_local_experts": 5, "num_hidden_layers": 2},
+    "tiny experts in one tensor": GPT_OSS | {"num_local_experts": 1009, "hidden_size": 100, "intermediate_size": 36},
     "many tiny experts": DEEPSEEK_V3 | {"n_routed_experts": 1009, "hidden_size": 100, "moe_intermediate_size": 36},
     "one of everything": llama(2, 1, 1, 1, 1, 1) | {"head_dim": 2},
 }

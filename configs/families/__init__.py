@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from slicecast.configs.families import deepseek, llama
+from slicecast.configs.families import deepseek, gpt_oss, llama
 from slicecast.convert.errors import ConfigError, UnsupportedArchitectureError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Model
 
-_FAMILIES: tuple[ModuleType, ...] = (deepseek, llama)
+_FAMILIES: tuple[ModuleType, ...] = (deepseek, gpt_oss, llama)
 
 
 def supported_architectures() -> list[str]:

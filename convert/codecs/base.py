@@ -1,8 +1,17 @@
-"""The interface of a codec, and the record of a stored tensor."""
+"""The interface of a codec, and the record of a stored tensor.
 
+A codec turns the stored parts of a tensor into its values in two steps. `prepare` runs on the host, in NumPy, and does
+what is cheap there and awkward on a chip: it repeats block scales, unpacks zero points, and for small rare formats the
+whole work. `decode` runs on the chips, is traced by JAX, and does the arithmetic.
+
+Work is cut along the logical tensor's first axis, its rows: both steps take any range of them.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from fractions import Fraction
+from typing import Literal, Protocol
 
 import jax
 import ml_dtypes
@@ -10,9 +19,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from slicecast.convert.box import Shape
-from slicecast.convert.source.reader import Span
+from slicecast.convert.errors import SlicecastError
+from slicecast.convert.source.reader import Bytes, Span
 from slicecast.convert.source.safetensors_header import TensorInfo
-from slicecast.kernels.int4_grouped import Implementation
+from slicecast.kernels.implementation import Implementation
 
 # Stored dtypes that are numbers by themselves, as (header spelling, NumPy dtype).
 FLOAT_DTYPES: dict[str, np.dtype] = {
@@ -20,6 +30,56 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+
+Kernel = Literal["grouped", "gptq", "awq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stored tensor that holds part of a logical tensor's information, viewed as an array of bytes or numbers.
+
+    Attributes:
+        tensor: Where the bytes are.
+        dtype: The NumPy dtype of the view.
+        shape: The shape of the view.
+        axis: The axis of the view that follows the logical tensor's rows; None if the part is read whole.
+        per_row: How many indices of that axis belong to each row: 1/128 where 128 rows share one.
+    """
+
+    tensor: TensorInfo
+    dtype: np.dtype
+    shape: Shape
+    axis: int | None = 0
+    per_row: Fraction = Fraction(1)
+
+    def indices(self, start: int, stop: int) -> tuple[int, int]:
+        """The range of indices on `axis` that covers the rows `start` to `stop`."""
+        if self.per_row == 1:
+            return start, stop
+        indices, rows = self.per_row.as_integer_ratio()
+        return start * indices // rows, -(-stop * indices // rows)
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """The byte ranges that hold the rows `start` to `stop`: one for each index of the axes before `axis`."""
+        if self.axis is None:
+            return [Span(self.tensor.file, self.tensor.offset, self.tensor.nbytes)]
+        first, last = self.indices(start, stop)
+        size = self.shape[self.axis]
+        if (first, last) == (0, size):
+            return [Span(self.tensor.file, self.tensor.offset, self.tensor.nbytes)]
+        outer = math.prod(self.shape[: self.axis])
+        index_bytes = self.tensor.nbytes // max(outer * size, 1)
+        offsets = (self.tensor.offset + (i * size + first) * index_bytes for i in range(outer))
+        return [Span(self.tensor.file, offset, (last - first) * index_bytes) for offset in offsets]
+
+    def view(self, data: Sequence[Bytes], start: int, stop: int) -> np.ndarray:
+        """The bytes of `spans(start, stop)` as an array: `shape`, with the covering range of indices on `axis`."""
+        shape = list(self.shape)
+        if self.axis is not None:
+            first, last = self.indices(start, stop)
+            shape[self.axis] = last - first
+        joined = data[0] if len(data) == 1 else np.concatenate(data)
+        return joined.view(self.dtype).reshape(shape)
 
 
 class Codec(Protocol):
@@ -33,52 +93,54 @@ class Codec(Protocol):
     def changes_values(self) -> bool:
         """False if decoding to the stored dtype gives the stored bytes back."""
 
+    @property
+    def kernel(self) -> Kernel | None:
+        """The folder of `kernels` that decodes it; None if XLA or the host does."""
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """For each prepared array, the axis that follows the rows; None where the array belongs to the whole tensor."""
+
+    @property
+    def row_unit(self) -> int:
+        """How many rows a prepared array keeps together, for example 8 in a word; chips share whole units."""
+
+    def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """What goes to the chips for the rows `start` to `stop`.
+
+        Args:
+            parts: For each part, its view of these rows.
+            start: The first row.
+            stop: One past the last row.
+
+        Raises:
+            ShapeError, UnsupportedFormatError: If the parts' contents say something else than their headers. The
+                message goes on from the tensor's name.
+        """
+
+    def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
+        """The size of what `prepare` gives for so many rows, in bytes, or a bound where that depends on contents."""
+
     def decode(
         self,
-        parts: Sequence[jax.Array],
+        arrays: Sequence[jax.Array],
         *,
+        rows: int,
         dtype: DTypeLike,
         transposed: bool,
         implementation: Implementation = "auto",
     ) -> jax.Array:
-        """The tensor's values, from the same rows of each part.
+        """The tensor's values from the prepared arrays.
 
         All arithmetic is float32 and is rounded once, to `dtype`.
 
         Args:
-            parts: One array for each part, `[batch, rows, ...]`.
+            arrays: The prepared arrays of several tensors, stacked on a new first axis.
+            rows: How many rows they hold.
             dtype: bfloat16 or float32.
             transposed: Whether to return `[batch, columns, rows]` in place of `[batch, rows, columns]`.
             implementation: Which kernel computes them, for codecs that have one.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stored tensor that holds part of a logical tensor's information, viewed as an array of bytes or numbers.
-
-    Attributes:
-        tensor: Where the bytes are.
-        dtype: The NumPy dtype of the view.
-        shape: The shape of the view. Its first axis is the logical tensor's first axis.
-    """
-
-    tensor: TensorInfo
-    dtype: np.dtype
-    shape: Shape
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes for each index of the first axis."""
-        return self.tensor.nbytes // self.shape[0] if self.shape[0] else 0
-
-    def span(self, start: int, stop: int) -> Span:
-        """The byte range of the rows `start` to `stop`."""
-        return Span(self.tensor.file, self.tensor.offset + start * self.row_bytes, (stop - start) * self.row_bytes)
-
-    def view(self, data: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """The bytes of `span(start, stop)` as an array `[stop - start, ...]`."""
-        return data.view(self.dtype).reshape((stop - start, *self.shape[1:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +166,22 @@ class StoredTensor:
         """The names of all tensors of the checkpoint that it uses up."""
         return tuple(part.tensor.name for part in self.parts) + self.unread
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes read for each index of the first axis."""
-        return sum(part.row_bytes for part in self.parts)
+    def read_bytes(self, start: int, stop: int) -> int:
+        """Bytes read for the rows `start` to `stop`."""
+        return sum(span.nbytes for part in self.parts for span in part.spans(start, stop))
+
+    def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """The codec's `prepare`, of which errors name the tensor.
+
+        Raises:
+            ShapeError, UnsupportedFormatError: If the parts' contents say something else than their headers.
+        """
+        try:
+            return self.codec.prepare(parts, start, stop)
+        except SlicecastError as error:
+            tensor = self.parts[0].tensor
+            raise type(error)(f"{tensor.file}: tensor '{tensor.name}' {error}") from None
+
+    def prepared_bytes(self, rows: int) -> int:
+        """Bytes that go to the chips for so many rows, at most."""
+        return self.codec.prepared_bytes(self.parts, rows)

@@ -1,17 +1,19 @@
 """Tensors that are stored as ordinary floating point numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from slicecast.convert.box import Shape
-from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor
+from slicecast.convert.codecs.base import FLOAT_DTYPES, Kernel, Part, StoredTensor
 from slicecast.convert.errors import ShapeError
 from slicecast.convert.source.safetensors_header import TensorInfo
-from slicecast.kernels.int4_grouped import Implementation
+from slicecast.kernels.implementation import Implementation
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +36,40 @@ class Plain:
         """Never."""
         return False
 
+    @property
+    def kernel(self) -> Kernel | None:
+        """XLA does it."""
+        return None
+
+    @property
+    def row_axes(self) -> tuple[int | None, ...]:
+        """One array, rows first."""
+        return (0,)
+
+    @property
+    def row_unit(self) -> int:
+        """Rows are apart."""
+        return 1
+
+    def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """The stored array."""
+        return tuple(parts)
+
+    def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
+        """The stored bytes."""
+        return rows * math.prod(parts[0].shape[1:]) * parts[0].dtype.itemsize
+
     def decode(
         self,
-        parts: Sequence[jax.Array],
+        arrays: Sequence[jax.Array],
         *,
+        rows: int,
         dtype: DTypeLike,
         transposed: bool,
         implementation: Implementation = "auto",
     ) -> jax.Array:
         """The array, transposed before it is widened so that fewer bytes move."""
-        (x,) = parts
+        (x,) = arrays
         if transposed:
             x = jnp.swapaxes(x, 1, 2)
         return x.astype(dtype)

@@ -8,7 +8,8 @@ planned on shapes alone, cut into boxes, traced by JAX, and inverted:
   target box for which this cannot be (part of an axis that the op permutes) is widened by nobody: it is a `ValueError`,
   and the planner cuts elsewhere.
 * `apply(x, shape)`: the op on a box of the source, `shape` being that of the target box. Traceable by JAX.
-* `invert(source)`: the op that undoes this one, for a source array of this shape.
+* `invert(source)`: the op that undoes this one, for a source array of this shape. An op that leaves elements of the
+  source out has none: it is a `ValueError`.
 """
 
 import math
@@ -35,7 +36,7 @@ class Op(Protocol):
         """The target box of this shape, from the source box `x`."""
 
     def invert(self, source: Shape) -> "Op":
-        """The op that leads back to a source of this shape."""
+        """The op that leads back to a source of this shape; `ValueError` where elements of it were left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,44 @@ class Merge:
     def invert(self, source: Shape) -> Split:
         """The split into the source's axes."""
         return Split(self.axis, source[self.axis : self.axis + self.count])
+
+
+@dataclass(frozen=True, slots=True)
+class Stride:
+    """Every `step`-th element of an axis: `target[..., i, ...] = source[..., start + step * i, ...]`.
+
+    Two of them take a tensor apart that interleaves two others, as gpt-oss' experts do with gate and up. Its boxes are
+    whole periods of the source: they hold the elements that are left out too, for storage is read in runs.
+
+    Attributes:
+        axis: The axis, counted from the front.
+        start: The first element taken, within the first period.
+        step: The period; the axis holds a whole number of them.
+    """
+
+    axis: int
+    start: int
+    step: int
+
+    def shape(self, source: Shape) -> Shape:
+        """The source's shape with `axis` divided by `step`."""
+        if not 0 <= self.start < self.step or source[self.axis] % self.step:
+            raise ValueError(
+                f"axis {self.axis} of {list(source)} has no element {self.start} in periods of {self.step}"
+            )
+        return source[: self.axis] + (source[self.axis] // self.step,) + source[self.axis + 1 :]
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """The periods from which the box takes an element each."""
+        return box.with_axis(self.axis, box.start[self.axis] * self.step, box.stop[self.axis] * self.step)
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """One element of each period."""
+        return jax.lax.slice_in_dim(x, self.start, x.shape[self.axis], self.step, self.axis)
+
+    def invert(self, source: Shape) -> Op:
+        """None: the other elements of each period are not in the target."""
+        raise ValueError(f"{self} leaves elements of {list(source)} out, so nothing undoes it alone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +298,11 @@ def apply(ops: Sequence[Op], x: jax.Array, shapes: Sequence[Shape]) -> jax.Array
 
 
 def invert(ops: Sequence[Op], source: Shape) -> tuple[Op, ...]:
-    """The chain that undoes this one, for a source of this shape."""
+    """The chain that undoes this one, for a source of this shape.
+
+    Raises:
+        ValueError: Where an op leaves elements out.
+    """
     inverse: list[Op] = []
     for op in ops:
         inverse.insert(0, op.invert(source))

@@ -78,8 +78,9 @@ def resolve(
 
 
 def _module(name: str) -> str:
-    """The module that a tensor belongs to: `a.b` of `a.b.weight` and of `a.b.weight_scale`."""
-    return name.rpartition(".")[0]
+    """The module that a tensor belongs to: `a.b` of `a.b.weight`, `a.b.weight_scale` and `a.b.weight.absmax`."""
+    module, weight, _ = name.partition(".weight")
+    return module if weight else name.rpartition(".")[0]
 
 
 def _leftovers(
@@ -95,8 +96,10 @@ def _leftovers(
         if name in used or _module(name) in failed:
             continue
         why = next((ignore.why for ignore in model.ignores if ignore.matches(name)), None)
+        if why is None and detect.is_runtime_only(name):
+            why = detect.RUNTIME_ONLY_REASON
         if why is None:
-            cause = "is a scale that no weight uses" if name.endswith("_scale") else "is read by no rule"
+            cause = "is a scale that no weight uses" if "scale" in name.rpartition(".")[2] else "is read by no rule"
             unused.append(
                 UnusedTensorError(
                     f"{tensor.file}: tensor '{name}' ({tensor.dtype}{list(tensor.shape)}) {cause} of the family "

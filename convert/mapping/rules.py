@@ -22,6 +22,9 @@ from slicecast.convert.mapping.ops import Op
 class Stack:
     """A named axis over which equal tensors are stacked.
 
+    Where layers of several kinds take turns, MaxText scans over their cycle: the layers of each kind are a stack of
+    their own, in which source indices advance by the length of the cycle.
+
     Attributes:
         placeholder: Its name in source patterns, for example `layer`.
         axis: MaxText's logical name of the stacked axis, for example `moe_layers`; also its placeholder in target
@@ -29,6 +32,8 @@ class Stack:
         start: The source index of the stack's first tensor.
         size: How many tensors the stack holds.
         always: True if the axis is stacked in unscanned checkpoints too, and leads the leaf (experts).
+        step: The distance between the source indices of neighbors: the length of the cycle.
+        block: For a kind of layer in a cycle, its path in scanned trees, for example `layers/layers_1`.
     """
 
     placeholder: str
@@ -36,6 +41,21 @@ class Stack:
     start: int
     size: int
     always: bool = False
+    step: int = 1
+    block: str | None = None
+
+    def source_index(self, index: int) -> int:
+        """The source index of the tensor at `index` of the stack."""
+        return self.start + self.step * index
+
+    @property
+    def scanned_path(self) -> str:
+        """What stands for the stack in target paths where it is an axis of the leaf."""
+        return self.block or self.axis
+
+    def unscanned_path(self, index: int) -> str:
+        """What stands for it where each tensor has its own leaf; layers of a cycle keep the numbers of the source."""
+        return f"{self.axis}_{self.source_index(index) if self.block else index}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The target tree: MaxText's leaves, their shapes, dtypes and stacked axes, for a scanned or an unscanned checkpoint.
 
 MaxText stacks the layers of a scanned model on axis `param_scan_axis` (1 unless told otherwise) of every leaf of rank
-above one; an unscanned model has one leaf per layer, `layers_0`, `layers_1`, ... Experts are always stacked, on axis 0:
-`[experts, layers, in, out]` scanned, `[experts, in, out]` unscanned.
+above one; an unscanned model has one leaf per layer, `layers_0`, `layers_1`, ... Where layers of several kinds take
+turns, a scanned model has a stack for each kind, `layers/layers_0`, `layers/layers_1`, ... Experts are always stacked,
+on axis 0: `[experts, layers, in, out]` scanned, `[experts, in, out]` unscanned.
 """
 
 import functools
@@ -92,7 +93,7 @@ class Leaf:
         """The name of the source tensor at a stack coordinate."""
         indices = dict(self.fixed)
         for index, (_, stack) in zip(coordinate, self.stacked, strict=True):
-            indices[stack.placeholder] = stack.start + index
+            indices[stack.placeholder] = stack.source_index(index)
         return self.rule.source.format(**indices)
 
     def _with_stacked(self, element: Sequence[_T], stacked: Sequence[_T]) -> tuple[_T, ...]:
@@ -114,16 +115,16 @@ def leaves(rule: Rule, layout: Layout) -> list[Leaf]:
         for stack in layers:
             position = min(scan_axis, rank)
             stacked = [(at + (at >= position), other) for at, other in stacked] + [(position, stack)]
-        path = rule.target.format(**{stack.axis: stack.axis for stack in layers})
+        path = rule.target.format(**{stack.axis: stack.scanned_path for stack in layers})
         return [Leaf(f"{ROOT}/{path}", rule, dtype, tuple(sorted(stacked, key=lambda item: item[0])), ())]
     stacked = [(0, stack) for stack in always]
     return [
         Leaf(
-            f"{ROOT}/{rule.target.format(**{s.axis: f'{s.axis}_{i}' for s, i in zip(layers, index, strict=True)})}",
+            f"{ROOT}/{rule.target.format(**{s.axis: s.unscanned_path(i) for s, i in zip(layers, index, strict=True)})}",
             rule,
             dtype,
             tuple(stacked),
-            tuple((stack.placeholder, stack.start + i) for stack, i in zip(layers, index, strict=True)),
+            tuple((stack.placeholder, stack.source_index(i)) for stack, i in zip(layers, index, strict=True)),
         )
         for index in itertools.product(*(range(stack.size) for stack in layers))
     ]

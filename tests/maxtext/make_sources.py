@@ -3,8 +3,8 @@
     python make_sources.py OUT_DIR
 
 For each case of `cases.py` this writes `OUT_DIR/<case>/hf` (the checkpoint, in several files, written by transformers'
-`save_pretrained`; the INT4 experts by compressed-tensors' own compressor) and `OUT_DIR/<case>/expected.npz` (the
-token ids, their positions, and the logits in float32). Runs in the test environment, which has torch.
+`save_pretrained`, or quantized by `quantize.py`) and `OUT_DIR/<case>/expected.npz` (the token ids, their positions, and
+the logits in float32). Runs in the test environment, which has torch.
 """
 
 import json
@@ -18,39 +18,9 @@ import numpy as np
 import torch
 import transformers
 from cases import CASES, TOKENS, Case
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.quantization.utils import calculate_qparams
+from quantize import QUANTIZE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-# As in the config.json of Kimi-K2-Thinking.
-_QUANTIZATION_CONFIG: dict[str, Any] = {
-    "config_groups": {
-        "group_0": {
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "actorder": None,
-                "block_structure": None,
-                "dynamic": False,
-                "group_size": 32,
-                "num_bits": 4,
-                "observer": "minmax",
-                "observer_kwargs": {},
-                "strategy": "group",
-                "symmetric": True,
-                "type": "int",
-            },
-        }
-    },
-    "format": "pack-quantized",
-    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
-    "kv_cache_scheme": None,
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}
 
 # The plain implementations: the definition of the model, and the ones that take any size.
 _EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -67,7 +37,7 @@ _VISION_TENSORS = {
 def build(case: Case) -> nn.Module:
     """Returns the case's model in float32, with random weights of its source dtype's precision.
 
-    Norms are not one, the router's bias is not zero, and no two tensors are alike, so a tensor that is missed,
+    Norms are not one, biases are not zero, and no two tensors are alike, so a tensor that is missed,
     exchanged, or left at its initial value shows in the logits.
     """
     config = transformers.AutoConfig.for_model(case.architecture, **case.config)
@@ -77,12 +47,15 @@ def build(case: Case) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
-            if parameter.ndim == 1:
+            if "bias" in name:
+                values = 0.5 * noise
+            elif parameter.ndim == 1:
                 values = 1 + 0.3 * noise
             elif "embed_tokens" in name:
                 values = noise
             else:
-                values = noise * parameter.shape[-1] ** -0.5  # activations and logits stay near one
+                inputs = parameter.shape[-2 if case.architecture == "gpt_oss" and "experts" in name else -1]
+                values = noise * inputs**-0.5  # activations and logits stay near one
             parameter.copy_(values.to(getattr(torch, case.dtype)))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -122,85 +95,61 @@ def write_plain(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
         raise RuntimeError(f"{folder} was written as one file; lower max_shard_size so that the index is tested too")
 
 
-def quantize_experts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Quantizes the routed experts to INT4 in groups of 32.
-
-    Args:
-      tensors: an unquantized checkpoint.
-
-    Returns:
-      The checkpoint with packed experts, and the one with the same experts dequantized in float32, unrounded.
-    """
-    scheme = QuantizationConfig.model_validate(_QUANTIZATION_CONFIG).config_groups["group_0"]
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    packed, dequantized = {}, {}
-    for name, tensor in tensors.items():
-        if ".mlp.experts." not in name:
-            packed[name] = dequantized[name] = tensor
-            continue
-        groups = tensor.float().unflatten(-1, (-1, scheme.weights.group_size))
-        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
-        scale = scale.to(torch.bfloat16)
-        module = compressor.compress({"weight": tensor.float(), "weight_scale": scale.float()}, scheme)
-        prefix = name.removesuffix("weight")
-        # In bfloat16 compressed-tensors would round the product; in float32 it is exact.
-        dequantized[name] = compressor.decompress(module, scheme)["weight"].float()
-        packed |= {prefix + key: value for key, value in (module | {"weight_scale": scale}).items()}
-    return packed, dequantized
-
-
-def write_int4(model: nn.Module, case: Case, folder: Path) -> nn.Module:
-    """Writes a Kimi checkpoint with INT4 experts, the scales in other files than the weights they belong to.
+def write_quantized(model: nn.Module, case: Case, folder: Path) -> nn.Module:
+    """Writes a quantized checkpoint, the scales in other files than the weights they belong to.
 
     Returns:
       The model that the checkpoint stands for, in float32.
     """
-    packed, dequantized = quantize_experts(tensors_on_disk(model, getattr(torch, case.dtype)))
+    quantized = QUANTIZE[case.quantization](tensors_on_disk(model, getattr(torch, case.dtype)))
+    stored = quantized.stored
     if case.multimodal:
-        packed = {f"language_model.{name}": tensor for name, tensor in packed.items()}
-        packed |= {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in _VISION_TENSORS.items()}
+        stored = {f"language_model.{name}": tensor for name, tensor in stored.items()}
+        stored |= {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in _VISION_TENSORS.items()}
 
-    names = sorted(packed)
+    names = sorted(stored)
     files = {name: 1 + 3 * index // len(names) for index, name in enumerate(names)}
     for name in names:
-        if name.endswith("weight_scale"):
+        if name.endswith(("_scale", "_scale_inv", "_scales")):
             files[name] = files[name] % 3 + 1
     file_name = "model-{:05d}-of-00003.safetensors".format
     folder.mkdir(parents=True)
     for number in (1, 2, 3):
-        part = {name: packed[name].contiguous() for name in names if files[name] == number}
+        part = {name: stored[name].contiguous() for name in names if files[name] == number}
         save_file(part, folder / file_name(number), metadata={"format": "pt"})
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in packed.values())},
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())},
         "weight_map": {name: file_name(files[name]) for name in names},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(_kimi_config(model, case), indent=2))
+    (folder / "config.json").write_text(json.dumps(_published_config(model, case, quantized.config), indent=2))
 
     with tempfile.TemporaryDirectory() as unquantized:
         model.config.save_pretrained(unquantized)
         save_file(
-            {name: tensor.contiguous() for name, tensor in dequantized.items()},
+            {name: tensor.contiguous() for name, tensor in quantized.dequantized.items()},
             Path(unquantized) / "model.safetensors",
             metadata={"format": "pt"},
         )
         return type(model).from_pretrained(unquantized, dtype=torch.float32, **_EAGER).eval()
 
 
-def _kimi_config(model: nn.Module, case: Case) -> dict[str, Any]:
-    """Returns config.json as published: the names of the remote code, and RoPE in the keys of transformers 4."""
+def _published_config(model: nn.Module, case: Case, quantization: dict[str, Any]) -> dict[str, Any]:
+    """Returns config.json as published: RoPE in the keys of transformers 4, Kimi by the names of its remote code."""
     text: dict[str, Any] = json.loads(model.config.to_json_string())
     rope = text.pop("rope_parameters")
     text["rope_theta"] = rope.pop("rope_theta")
     text["rope_scaling"] = rope | {"type": rope.pop("rope_type")}
-    text |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2"}
+    text["architectures"] = [type(model).__name__]
+    if case.model_name.startswith("kimi"):
+        text["model_type"] = "kimi_k2"
     if not case.multimodal:
-        return text | {"quantization_config": _QUANTIZATION_CONFIG}
-    ignore = [*_QUANTIZATION_CONFIG["ignore"][1:], "re:.*lm_head.*", "re:vision_tower.*", "re:mm_projector.*"]
+        return text | {"quantization_config": quantization}
+    ignore = [*quantization["ignore"][1:], "re:.*lm_head.*", "re:vision_tower.*", "re:mm_projector.*"]
     return {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "model_type": "kimi_k25",
-        "text_config": text | {"quantization_config": _QUANTIZATION_CONFIG | {"ignore": ignore}},
+        "text_config": text | {"quantization_config": quantization | {"ignore": ignore}},
         "tie_word_embeddings": False,
         "vision_config": {"hidden_size": 24, "num_hidden_layers": 1},
     }
@@ -213,8 +162,8 @@ def make_source(case: Case, folder: Path) -> None:
     # Only distances matter to RoPE: gaps make them long enough for the scaled, slow frequencies to show.
     positions = np.cumsum(random.integers(1, 12, (1, TOKENS)), axis=-1)
     model = build(case)
-    if case.int4_experts:
-        model = write_int4(model, case, folder / "hf")
+    if case.quantization:
+        model = write_quantized(model, case, folder / "hf")
         values = logits(model, ids, positions)
     else:
         values = logits(model, ids, positions)

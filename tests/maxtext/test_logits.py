@@ -4,6 +4,7 @@ Run by scripts/test_maxtext.sh, which writes the sources and converts them.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from cases import CASES, Case
 
 pytestmark = pytest.mark.maxtext
 
-# A right conversion differs by the rounding of float32, at most 6e-6 here; every mistake tried below by 0.8 or more.
+# A right conversion differs by the rounding of float32, at most 6e-6 here; every mistake tried below by 0.3 or more.
 TOLERANCE = 1e-5
 VISIBLE = 1e-2
+
+_BIASES = ("gate/bias", "query/bias", "key/bias", "value/bias", "out/bias", "wi_0_bias", "wi_1_bias", "wo_bias")
+
+# The router's bias of DeepSeek and Kimi, which is no ordinary parameter: always float32, and its layers come first.
+_FLOAT32_BIAS = "MoeBlock_0/gate/bias"
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -58,7 +64,7 @@ class Converted:
         leaf = self.model.weights[path]
         if not self.scan_layers or "layers" not in path:
             return change(leaf)
-        axis = 0 if path.endswith("bias") else 1
+        axis = 0 if path.endswith(_FLOAT32_BIAS) else 1
         layers = [change(np.take(leaf, layer, axis)) for layer in range(leaf.shape[axis])]
         return np.stack(layers, axis)
 
@@ -81,7 +87,7 @@ def test_tree_is_maxtexts_own(converted: Converted) -> None:
 def test_dtype_is_the_one_asked_for(converted: Converted) -> None:
     for path, array in converted.disk.items():
         # In bfloat16 the router's bias could choose other experts.
-        assert array.dtype.name == ("float32" if path.endswith("gate/bias") else converted.case.save_dtype), path
+        assert array.dtype.name == ("float32" if path.endswith(_FLOAT32_BIAS) else converted.case.save_dtype), path
 
 
 def test_both_readers_return_what_is_on_disk(converted: Converted) -> None:
@@ -125,10 +131,15 @@ def _other_rope_order(rope_dim: int, interleaved: bool) -> Change:
     return permute
 
 
+def _exchanged(some: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns leaves with the values of their counterparts."""
+    return dict(zip(some, others.values(), strict=True)) | dict(zip(others, some.values(), strict=True))
+
+
 def _mistakes(converted: Converted) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yields mistakes, by name, as changed leaves."""
     case, changed = converted.case, converted.changed
-    mla = "kv_lora_rank" in case.config
+    mla, gpt_oss = "kv_lora_rank" in case.config, case.architecture == "gpt_oss"
     if mla:
         query = "wq_b/kernel" if case.config["q_lora_rank"] else "query/kernel"
         rope = _other_rope_order(case.config["qk_rope_head_dim"], interleaved=True)
@@ -139,20 +150,42 @@ def _mistakes(converted: Converted) -> Iterator[tuple[str, dict[str, np.ndarray]
         rope = _other_rope_order(case.config["head_dim"], interleaved=case.model_name.startswith("llama3.1"))
         yield "RoPE order", changed(query, rope) | changed("key/kernel", rope)
         yield "heads of the key exchanged", changed("key/kernel", _swap_first_two(-2))
-        yield "no query scale", changed(query, lambda array: array * case.config["head_dim"] ** 0.5)
+        # MaxText scales gpt-oss' queries itself.
+        name, power = ("query scaled", -0.5) if gpt_oss else ("no query scale", 0.5)
+        yield name, changed(query, lambda array: array * case.config["head_dim"] ** power)
     yield "heads of the query exchanged", changed(query, _swap_first_two(-2))
-    yield "heads of the output exchanged", changed("self_attention/out/kernel", _swap_first_two(0))
-    gate, up = changed("wi_0/kernel", np.copy), changed("wi_1/kernel", np.copy)
-    yield "gate and up exchanged", dict(zip(gate, up.values(), strict=True)) | dict(zip(up, gate.values(), strict=True))
+    yield "heads of the output exchanged", changed("/out/kernel", _swap_first_two(0))
+    kernel = "" if gpt_oss else "/kernel"
+    yield "gate and up exchanged", _exchanged(changed(f"wi_0{kernel}", np.copy), changed(f"wi_1{kernel}", np.copy))
     for norm in ("pre_self_attention_layer_norm/scale", "post_self_attention_layer_norm/scale", "decoder_norm/scale"):
         yield f"{norm} missed", changed(norm, np.ones_like)
-    if "n_routed_experts" in case.config:
-        yield "experts exchanged", changed("MoeBlock_0/wo", _swap_first_two(0))
+    if gpt_oss or "n_routed_experts" in case.config:
+        yield "experts exchanged", changed("/wo", _swap_first_two(0))
         yield "router's columns exchanged", changed("gate/kernel", _swap_first_two(-1))
-    if any(path.endswith("gate/bias") for path in converted.disk):
-        yield "router bias missed", changed("gate/bias", np.zeros_like)
+    for bias in _BIASES:
+        if any(path.endswith(bias) for path in converted.disk):
+            yield f"{bias} missed", changed(bias, np.zeros_like)
+    if gpt_oss:
+        yield from _gpt_oss_mistakes(converted)
     if converted.scan_layers:
         name = "wkv_b/kernel" if mla else "value/kernel"
         leaves = {path: leaf for path, leaf in converted.model.weights.items() if path.endswith(name)}
         swap = _swap_first_two(1)
         yield "layers exchanged", {path: swap(leaf) for path, leaf in leaves.items() if leaf.shape[1] > 1}
+
+
+def _gpt_oss_mistakes(converted: Converted) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yields the mistakes that only a gpt-oss checkpoint allows."""
+    changed, weights = converted.changed, converted.model.weights
+    yield "sinks missed", changed("sinks", np.zeros_like)
+    yield "heads of the sinks exchanged", changed("sinks", _swap_first_two(0))
+    for part in ("", "_bias"):
+        halves = {}
+        for path in changed(f"wi_0{part}", np.copy):
+            gate, up = path, path.replace("wi_0", "wi_1")
+            interleaved = np.stack([weights[gate], weights[up]], -1)
+            halves[gate], halves[up] = np.split(interleaved.reshape(*weights[gate].shape[:-1], -1), 2, -1)
+        yield f"gate_up{part} cut into halves", halves
+    # The layers 2b and 2b + 1, which are leaves of their own in scanned trees too.
+    other = {path: re.sub(r"layers_(\d+)", lambda match: f"layers_{int(match[1]) ^ 1}", path) for path in weights}
+    yield "layers of a cycle exchanged", {path: weights[other[path]] for path in weights if path != other[path]}
