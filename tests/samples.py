@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import published
 import stored
+from safetensors.numpy import load_file
 
 Array = np.ndarray
 
@@ -308,3 +309,43 @@ def assert_decodes(directory: Path, name: str, shape: tuple[int, ...], wanted: A
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = values.astype(BF16)
     assert_same(stored.decode(directory, name, shape, transposed=True), np.ascontiguousarray(rounded.swapaxes(-1, -2)))
+
+
+def in_a_llama(
+    llama: Path, name: str, directory: Path, *, spoil: Callable[[dict[str, Any]], None] | None = None
+) -> Path:
+    """Writes a copy of a small Llama in which the gate and up projections are stored in a format.
+
+    Args:
+        llama: A checkpoint with projections of `OUT` x `COLUMNS`: `make_checkpoint(**LLAMA)`.
+        name: The format.
+        directory: Where the copy is written.
+        spoil: Changes the stored tensors in place, by name, as (dtype, array).
+
+    Returns:
+        The directory.
+    """
+    tensors: dict[str, Any] = {}
+    for file in sorted(llama.glob("*.safetensors")):
+        tensors |= {key: ("BF16", array) for key, array in load_file(file).items()}
+    weights = [key for key in tensors if key.endswith((".gate_proj.weight", ".up_proj.weight"))]
+    for i, weight in enumerate(weights):
+        assert tensors.pop(weight)[1].shape == (OUT, COLUMNS)
+        sample = MAKERS[name](np.random.default_rng(i))
+        module = weight.removesuffix("weight")
+        tensors |= {module + key.removeprefix("m."): content for key, content in sample.tensors.items()}
+    if spoil is not None:
+        spoil(tensors)
+    config = json.loads((llama / "config.json").read_text())
+    return stored.write(directory, tensors, config | SAMPLES[name].config)
+
+
+LLAMA: dict[str, Any] = {
+    "family": "llama",
+    "files": 1,
+    "layers": 2,
+    "hidden": COLUMNS,
+    "intermediate": OUT,
+    "vocab": 50,
+}
+"""The flags of `make_checkpoint` for `in_a_llama`."""

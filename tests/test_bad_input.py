@@ -14,9 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import samples
 
 from slicecast.convert import cli
 from slicecast.convert.errors import UsageError
+from slicecast.convert.source.safetensors_header import DTYPE_BITS
 
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F8_E4M3": 1, "I8": 1}
@@ -452,6 +454,61 @@ def test_bad_checkpoint(slicecast: Any, kimi: Path, tmp_path: Path, case: Case) 
     assert case.errors is None or len(lines) == case.errors
     # Hundreds of tensors may be wrong for one reason; nobody reads hundreds of lines.
     assert len(lines) <= 25
+    assert not output.exists()
+
+
+# For each format, a partner that is missing, surplus or misshapen; what the message must say; and the kind of error.
+MODULE = "model.layers.1.mlp.up_proj"
+BAD_PARTNERS: list[tuple[str, str, tuple[str, tuple[int, ...]] | None, str, str]] = [
+    ("bf16", "weight_scale", ("F32", (24, 1)), "UnusedTensorError", "no weight uses"),
+    ("bf16", "weight_scale_inv", ("F32", (1, 1)), "UnusedTensorError", "no weight uses"),
+    ("fp8 blocks", "weight_scale_inv", None, "MissingPartnerError", "weight_scale_inv"),
+    ("fp8 blocks", "weight_scale_inv", ("F32", (4, 2)), "ShapeError", "blocks of 16 x 16"),
+    ("fp8 a row", "weight_scale", ("BF16", (1, 24)), "ShapeError", "[24, 1]"),
+    ("fp8 a tensor", "weight_scale", ("F32", (0,)), "ShapeError", "F32[0]"),
+    ("mxfp8", "weight_zero_point", ("I8", (24, 1)), "UnusedTensorError", "read by no rule"),
+    ("int8 asymmetric", "weight_zero_point", None, "MissingPartnerError", "asymmetric"),
+    ("int4 asymmetric", "weight_zero_point", None, "MissingPartnerError", "asymmetric"),
+    ("int6 asymmetric", "weight_scale", ("BF16", (24, 3)), "ShapeError", "divisor of 64"),
+    ("mxfp4 packed", "weight_scale", ("U8", (24, 4)), "ShapeError", "groups of 32"),
+    ("mxfp4 i8", "scale", None, "MissingPartnerError", "weight_scale"),
+    ("nvfp4", "weight_global_scale", None, "MissingPartnerError", "second one for the whole tensor"),
+    ("nvfp4", "weight_scale_2", ("F32", ()), "UnusedTensorError", "no weight uses"),
+    ("nvfp4 modelopt", "pre_quant_scale", ("BF16", (64,)), "UnsupportedFormatError", "AWQ"),
+    ("gptq v1", "qzeros", None, "MissingPartnerError", "qzeros"),
+    ("gptq desc_act", "g_idx", None, "MissingPartnerError", "desc_act"),
+    ("gptq desc_act", "g_idx", ("I64", (64,)), "ShapeError", "I32[64]"),
+    ("awq", "scales", ("F16", (24, 2)), "ShapeError", "groups"),
+    ("bnb nf4", "weight.absmax", ("F32", (25,)), "ShapeError", "a factor for each block"),
+    ("bnb nested", "weight.nested_quant_map", None, "MissingPartnerError", "nested_quant_map"),
+    ("mlx", "biases", None, "MissingPartnerError", "biases"),
+]
+
+
+@pytest.mark.parametrize(("name", "partner", "stored", "kind", "word"), BAD_PARTNERS)
+def test_bad_partner(
+    slicecast: Any,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    partner: str,
+    stored: tuple[str, tuple[int, ...]] | None,
+    kind: str,
+    word: str,
+) -> None:
+    """A checkpoint in any format of which one weight has a bad partner: one error, before anything is written."""
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        if stored is None:
+            del tensors[f"{MODULE}.{partner}"]
+        else:
+            dtype, shape = stored
+            tensors[f"{MODULE}.{partner}"] = dtype, np.zeros(shape, f"V{DTYPE_BITS[dtype] // 8}")
+
+    llama = make_checkpoint(**samples.LLAMA)
+    source, output = samples.in_a_llama(llama, name, tmp_path / "source", spoil=spoil), tmp_path / "output"
+    done = slicecast.run("convert", f"--hf_model_path={source}", f"--base_output_directory={output}", check=False)
+    (_,) = assert_refused(done, kind, "model.safetensors: tensor", f"'{MODULE}.", word)
     assert not output.exists()
 
 

@@ -27,7 +27,7 @@ BATCH = 2
 """Weights in a program, so that the batch axis is one."""
 
 SPILLS_ON_V4 = 24
-"""What the kernels for GPTQ and AWQ spill there, whose cores have the fewest units. It is one register in fifty."""
+"""What the kernels for GPTQ and AWQ spill there, at most. All others spill nothing."""
 
 OTHER = (
     grouped.Shape("other", "group 8", 1024, 2048, "int8", 8),

@@ -110,10 +110,10 @@ class PallasConformance(GptqConformance):
         Case(512, 129, 16),
         Case(1040, 640, 48),
         Case(1312, 128, 96),
-        # One group, larger than a block; groups larger than a block.
+        # One group, larger than a block; groups larger than a block, and more of them than a block of scales has.
         Case(1104, 128, 1104),
-        Case(2560, 128, 1280),
         Case(3072, 130, 1536),
+        Case(9 * 1152, 8, 1152),
         # Less than a block.
         Case(16, 1, 16),
         Case(32, 64, 100),

@@ -185,6 +185,7 @@ def stored(name: str, shape: Shape, tensors: Mapping[str, TensorInfo]) -> Stored
     quant_map = _partner(name, "quant_map", tensors)
     check_shape(absmax, ("U8",) if nested else ("F32",), absmax.shape, "that is how factors are stored")
     check_shape(quant_map, ("F32",), (16,), "there are 16 codes")
+    check_shape(state, ("U8",), state.shape, "it is text")
     float32, byte = np.dtype(np.float32), np.dtype(np.uint8)
     parts = [
         Part(weight, byte, (-(-values // 2),), 0, Fraction(shape[1], 2)),

@@ -178,7 +178,7 @@ def _significands(global_scale: np.ndarray, how: GlobalScale) -> np.ndarray:
     least, most = _GLOBAL_SCALES
     if np.isfinite(factor) and factor != 0 and not least <= abs(factor) <= most:
         raise UnsupportedFormatError(
-            f"has the global scale {float(factor)!r}; expected one between {least:.2g} and {most:.2g}. Download the "
+            f"has the global scale {factor!s}; expected one between {least:.2g} and {most:.2g}. Download the "
             "checkpoint again."
         )
     with np.errstate(all="ignore"):  # A global scale of zero or infinity gives what float32 arithmetic gives.

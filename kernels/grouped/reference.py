@@ -95,17 +95,28 @@ def _transpose(x: jax.Array, *, width: int = 1) -> jax.Array:
     return y
 
 
-def _decode_scales(scale: jax.Array, scale_format: ScaleFormat, significands: jax.Array | None) -> jax.Array:
-    """Returns the scales as float32[batch, groups, out], from `scale` [batch, groups, out]."""
+def _transposed_codes(x: jax.Array, bits: int) -> jax.Array:
+    """Returns the codes of `bits` bits in uint8[batch, rows, bytes] as int32[batch, columns, rows]."""
+    batch, rows, row_bytes = x.shape
+    width = next(width for width in WORDS if row_bytes % width == 0)
+    words = _transpose(x, width=width)
+    # Little-endian: bits [i * bits, (i + 1) * bits) of a word are code i of those it holds.
+    shifts = bits * lax.broadcasted_iota(words.dtype, (1, 1, 8 * width // bits, 1), 2)
+    codes: jax.Array = (words[:, :, None, :] >> shifts) & (2**bits - 1)
+    return codes.astype(jnp.int32).reshape(batch, row_bytes * 8 // bits, rows)
+
+
+def _transposed_scales(scale: jax.Array, scale_format: ScaleFormat, significands: jax.Array | None) -> jax.Array:
+    """Returns scales [batch, rows, groups] as float32[batch, groups, rows]."""
     match scale_format:
         case "float":
-            return scale.astype(jnp.float32)
+            return _transpose(scale).astype(jnp.float32)
         case "e8m0":
-            return formats.decode_e8m0(scale.astype(jnp.int32))
+            return formats.decode_e8m0(_transposed_codes(scale, 8))
         case "e4m3":
             assert significands is not None, "`check` has seen them"
             replacements = [significands[:, i, None, None] for i in range(formats.SIGNIFICANDS)]
-            return formats.decode_e4m3(scale.astype(jnp.int32), replacements)
+            return formats.decode_e4m3(_transposed_codes(scale, 8), replacements)
 
 
 def dequantize(
@@ -140,16 +151,10 @@ def dequantize(
         zero=zero,
         significands=significands,
     )
-    batch, rows, row_bytes = codes.shape
-    bits = formats.BITS[code]
-    width = next(width for width in WORDS if row_bytes % width == 0)
-    words = _transpose(codes, width=width)
-    # Little-endian: bits [i * bits, (i + 1) * bits) of a word are element i of those it holds.
-    per_word = 8 * width // bits
-    shifts = bits * lax.broadcasted_iota(words.dtype, (1, 1, per_word, 1), 2)
-    elements = (words[:, :, None, :] >> shifts) & (2**bits - 1)
-    values = formats.decode_codes(elements.astype(jnp.int32), code).reshape(batch, -1, group_size, rows)
+    batch, rows, _ = codes.shape
+    values = formats.decode_codes(_transposed_codes(codes, formats.BITS[code]), code)
+    values = values.reshape(batch, -1, group_size, rows)
     if zero is not None:
         values -= _transpose(zero).astype(jnp.float32)[:, :, None, :]
-    scales = _decode_scales(_transpose(scale), scale_format, significands)
-    return (values * scales[:, :, None, :]).astype(dtype).reshape(batch, -1, rows)
+    values *= _transposed_scales(scale, scale_format, significands)[:, :, None, :]
+    return values.astype(dtype).reshape(batch, -1, rows)
