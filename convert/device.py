@@ -122,8 +122,9 @@ def choose_implementation(device: jax.Device, kernels: Iterable[Kernel]) -> tupl
             if _KERNELS[kernel](device):
                 continue
             found = "gives other values than its definition"
-        except jax.errors.JaxRuntimeError as error:
-            found = f"does not run ({str(error).splitlines()[0]})"
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            # A kernel may also be refused while it is lowered, before there is a program.
+            found = f"does not run ({(str(error).splitlines() or [type(error).__name__])[0]})"
         return "xla", f"the kernel '{kernel}' {found} on {device.device_kind}; the slower XLA program is used instead"
     return "auto", None
 

@@ -49,8 +49,19 @@ _REPORT = "final_hlo-static-per-bundle-utilization"
 
 @functools.cache
 def _reports() -> tempfile.TemporaryDirectory[str]:
-    """The folder that the compiler writes its reports to; it goes when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="slicecast-aot-")
+    """Says what the library needs to hear before it loads, and returns the folder that it will write reports to."""
+    spec = importlib.util.find_spec("libtpu")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("compiling for a TPU needs the package libtpu")
+    library = pathlib.Path(spec.origin).with_name("libtpu.so")
+    for name, value in {**ENVIRONMENT, "TPU_LIBRARY_PATH": str(library)}.items():
+        os.environ.setdefault(name, value)
+    # The folder goes when the process ends.
+    folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="slicecast-aot-")
+    # There are hundreds of reports, of which one is wanted.
+    flags = f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_REPORT}"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
+    return folder
 
 
 @functools.cache
@@ -63,16 +74,7 @@ def devices(generation: str) -> Sequence[jax.Device]:
     Raises:
       ModuleNotFoundError: `libtpu` is not installed.
     """
-    spec = importlib.util.find_spec("libtpu")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("compiling for a TPU needs the package libtpu")
-    library = pathlib.Path(spec.origin).with_name("libtpu.so")
-    for name, value in {**ENVIRONMENT, "TPU_LIBRARY_PATH": str(library)}.items():
-        os.environ.setdefault(name, value)
-    # The compiler's reports, of which only the one that counts spills is wanted: there are hundreds.
-    reports = f"--xla_jf_dump_to={_reports().name} --xla_jf_dump_llo_text=true"
-    wanted = f"--xla_jf_dump_llo_pass_label_regex={_REPORT}"
-    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {reports} {wanted}"
+    _reports()
     return tuple(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices)
 
 

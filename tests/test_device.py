@@ -414,3 +414,37 @@ def test_the_rounding_comes_last(child: Callable[..., Any]) -> None:
 
     assert_same_bits(found, placed(exact))
     assert found.tobytes() != placed(twice).tobytes()
+
+
+class Tpu:
+    """What `choose_implementation` asks of a chip."""
+
+    platform = "tpu"
+    device_kind = "TPU v5e"
+
+
+def refused(_: Any) -> bool:
+    raise NotImplementedError("no such shape cast\nand a long listing")
+
+
+@pytest.mark.parametrize(
+    ("agrees", "words"),
+    [(lambda _: True, None), (lambda _: False, "gives other values"), (refused, "does not run (no such shape cast)")],
+    ids=["agrees", "differs", "refused"],
+)
+def test_kernels_are_tried_on_the_chip(
+    monkeypatch: pytest.MonkeyPatch, agrees: Callable[..., bool], words: str | None
+) -> None:
+    """Only those that are used are tried; where one is wrong, the definition is used and that is said."""
+    chip: Any = Tpu()
+    monkeypatch.setattr(device, "_KERNELS", {"grouped": lambda _: True, "gptq": agrees, "awq": refused})
+    implementation, warning = device.choose_implementation(chip, ["gptq", "grouped"])
+    if words is None:
+        assert (implementation, warning) == ("auto", None)
+        return
+    assert implementation == "xla"
+    assert warning is not None
+    assert "'gptq'" in warning
+    assert words in warning
+    assert "TPU v5e" in warning
+    assert device.choose_implementation(chip, ["grouped"]) == ("auto", None)

@@ -14,7 +14,7 @@ from slicecast.kernels import affine
 from slicecast.kernels.awq import pallas_tpu, reference
 from slicecast.kernels.implementation import Implementation
 
-# The weights of `kernel_agrees`, as rows, columns and group size. The first has several blocks on both axes, the last of
+# The weights of `kernel_agrees`: rows, columns and group size. The first has several blocks on both axes, the last of
 # them ragged, and a ragged last group. The second has one group and is smaller than a block.
 _CHECKED = ((1088, 2112, 128), (96, 72, 96))
 
