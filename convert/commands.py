@@ -303,9 +303,9 @@ def verify_checkpoint(
         with console.status("comparing"):
             differences = verify.compare_values(made, arrays, lambda _: None, _VERIFY_WORKERS)
     if differences:
-        lines = [f"{difference.path} {difference.detail}" for difference in differences]
         raise VerificationError(
-            f"{output}: {len(differences)} of {len(made.leaves)} leaves differ from the source:\n" + "\n".join(lines)
+            f"{output}: {len(differences)} of {len(made.leaves)} leaves differ from the source:\n"
+            + "\n".join(map(str, differences))
         )
     values = sum(planned.nbytes // planned.itemsize for planned in made.leaves)
     lines = [f"{len(made.leaves)} leaves, {values} values: all equal to the source, bit for bit"]
@@ -319,10 +319,9 @@ def _requantized(found: Requantized, output: Path) -> str:
     if not found.leaves:
         raise UsageError("--requantize: no leaf of this checkpoint comes from symmetric INT4 weights alone.")
     if found.differences:
-        lines = [f"{difference.path} {difference.detail}" for difference in found.differences]
         raise VerificationError(
             f"{output}: {len(found.differences)} of {found.leaves} INT4 leaves do not give the source's codes and "
-            "scales when they are quantized again:\n" + "\n".join(lines)
+            "scales when they are quantized again:\n" + "\n".join(map(str, found.differences))
         )
     alike = ""
     if found.ambiguous:

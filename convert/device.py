@@ -95,12 +95,12 @@ def program(step: Step, mesh: Mesh, arrays: int) -> jax.stages.Wrapped:
     """
     over_rows = mesh.shape[_ROWS]
     local = _share_of_rows(step, over_rows)
-    source, *targets = ops.boxes(step.ops, local, step.source)
+    shapes = [box.shape for box in ops.boxes(step.ops, local, step.source)[1:]]
     spec = [_BATCH] + [None] * len(step.element)
     if step.row_axis is not None:
         spec[step.row_axis + 1] = _ROWS
     mapped = jax.shard_map(
-        functools.partial(_convert, step=step, rows=source.shape[0], shapes=[box.shape for box in targets]),
+        functools.partial(_convert, step=step, shapes=shapes),
         mesh=mesh,
         in_specs=tuple(step.spec(i) for i in range(arrays)),
         out_specs=PartitionSpec(*spec),
@@ -135,12 +135,12 @@ def _share_of_rows(step: Step, parts: int) -> Box:
     return whole if step.row_axis is None else whole.with_axis(step.row_axis, 0, step.element[step.row_axis] // parts)
 
 
-def _convert(*arrays: jax.Array, step: Step, rows: int, shapes: Sequence[Shape]) -> jax.Array:
+def _convert(*arrays: jax.Array, step: Step, shapes: Sequence[Shape]) -> jax.Array:
     """The step for one chip's share, `[batch, *shapes[-1]]`."""
     # Values stay exact in float32 until an op has computed with them; without such an op they are rounded at once.
     dtype = "float32" if any(isinstance(op, Scale) for op in step.ops) else step.dtype
     transposed = step.ops[:1] == (Transpose(),)
-    x = step.codec.decode(arrays, rows=rows, dtype=dtype, transposed=transposed, implementation=step.implementation)
+    x = step.codec.decode(arrays, dtype=dtype, transposed=transposed, implementation=step.implementation)
     first = 1 if transposed else 0
     x = jax.vmap(lambda element: ops.apply(step.ops[first:], element, shapes[first:]))(x)
     return x.astype(step.dtype)

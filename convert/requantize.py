@@ -116,11 +116,8 @@ def _compare_box(plan: Plan, arrays: Mapping[str, ts.TensorStore], work: WorkBox
     back = ops.invert(leaf.rule.ops, leaf.rule.shape)
     groups = ambiguous = 0
     for coordinate in leaf.coordinates(work.box):
-        index: list[int | slice] = [slice(None)] * values.ndim
-        for (axis, _), position in zip(leaf.stacked, coordinate, strict=True):
-            index[axis] = position - work.box.start[axis]
         tensor = planned.sources[coordinate]
-        rows = verify.layout(back, values[tuple(index)].reshape(element.shape))
+        rows = verify.layout(back, values[leaf.element_index(work.box, coordinate)].reshape(element.shape))
         of_tensor, alike, problem = _compare_rows(plan.checkpoint.path, tensor, rows, start, stop)
         groups, ambiguous = groups + of_tensor, ambiguous + alike
         if problem:

@@ -51,6 +51,10 @@ class Difference:
     path: str
     detail: str
 
+    def __str__(self) -> str:
+        """A line for people."""
+        return f"{self.path} {self.detail}"
+
 
 def compare_trees(plan: Plan, arrays: Mapping[str, ts.TensorStore]) -> list[Difference]:
     """Missing and surplus leaves, and leaves of another shape or dtype."""
@@ -137,11 +141,10 @@ def _expected(plan: Plan, planned: PlannedLeaf, box: Box) -> Array:
     start, stop = source_rows(leaf.rule.ops, leaf.rule.shape, element)
     values = np.empty(box.shape, np.dtype(leaf.dtype))
     for coordinate in leaf.coordinates(box):
-        index: list[int | slice] = [slice(None)] * len(box.shape)
-        for (axis, _), position in zip(leaf.stacked, coordinate, strict=True):
-            index[axis] = position - box.start[axis]
         rows = definition.rows(plan.checkpoint.path, planned.sources[coordinate], start, stop)
-        values[tuple(index)] = layout(leaf.rule.ops, rows).reshape(element.shape).astype(leaf.dtype)
+        values[leaf.element_index(box, coordinate)] = (
+            layout(leaf.rule.ops, rows).reshape(element.shape).astype(leaf.dtype)
+        )
     return values
 
 

@@ -73,14 +73,12 @@ def prepare(directory: Path, tensor: StoredTensor, start: int, stop: int) -> tup
 
 
 # The implementation is part of the key: what was traced for the interpreter is not taken for anything else.
-@functools.partial(jax.jit, static_argnames=("codec", "rows", "dtype", "transposed", "implementation"))
+@functools.partial(jax.jit, static_argnames=("codec", "dtype", "transposed", "implementation"))
 def _decode(
-    arrays: tuple[jax.Array, ...], codec: Any, rows: int, dtype: str, transposed: bool, implementation: Implementation
+    arrays: tuple[jax.Array, ...], codec: Any, dtype: str, transposed: bool, implementation: Implementation
 ) -> jax.Array:
     batch = [array[jnp.newaxis] for array in arrays]
-    values: jax.Array = codec.decode(
-        batch, rows=rows, dtype=dtype, transposed=transposed, implementation=implementation
-    )[0]
+    values: jax.Array = codec.decode(batch, dtype=dtype, transposed=transposed, implementation=implementation)[0]
     return values
 
 
@@ -102,7 +100,7 @@ def decode(
     start, stop = rows or (0, shape[0])
     arrays = prepare(directory, tensor, start, stop)
     with pltpu.force_tpu_interpret_mode():
-        return np.asarray(_decode(arrays, tensor.codec, stop - start, dtype, transposed, implementation))
+        return np.asarray(_decode(arrays, tensor.codec, dtype, transposed, implementation))
 
 
 def expected(directory: Path, name: str, shape: tuple[int, ...], *, rows: tuple[int, int] | None = None) -> np.ndarray:

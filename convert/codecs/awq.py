@@ -12,6 +12,7 @@ For a logical weight `[out, in]` called `X.weight`:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jax.typing import DTypeLike
 
 from slicecast.convert.box import Shape
 from slicecast.convert.codecs import gptq
-from slicecast.convert.codecs.base import FLOAT_DTYPES, Kernel, Part, StoredTensor
+from slicecast.convert.codecs.base import FLOAT_DTYPES, Kernel, Part, StoredTensor, group_name
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.codecs.scales import check_shape
 from slicecast.convert.source.safetensors_header import TensorInfo
@@ -41,61 +42,40 @@ class Awq:
         group_size: How many inputs share a scale.
     """
 
+    changes_values: ClassVar[bool] = True
+    kernel: ClassVar[Kernel | None] = "awq"
+    # Rows of the logical tensor are the last axis of everything.
+    row_axes: ClassVar[tuple[int | None, ...]] = (1, 1, 1)
+    row_unit: ClassVar[int] = _PER_WORD
+
     columns: int
     group_size: int
 
     @property
     def description(self) -> str:
         """The format and its group size."""
-        group = "channel" if self.group_size >= self.columns else f"group {self.group_size}"
-        return f"awq int4, {group}"
-
-    @property
-    def changes_values(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def kernel(self) -> Kernel | None:
-        """Its own."""
-        return "awq"
-
-    @property
-    def row_axes(self) -> tuple[int | None, ...]:
-        """Rows of the logical tensor are the last axis of everything."""
-        return (1, 1, 1)
-
-    @property
-    def row_unit(self) -> int:
-        """A word."""
-        return _PER_WORD
+        return f"awq int4, {group_name(self.group_size, self.columns)}"
 
     def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
         """Unpacks the zero points. Rows that do not begin with a word are packed anew, and the last word filled up."""
         words, packed_zero, scale = parts
         skipped = start % _PER_WORD
         count = stop - start
-        missing = -count % _PER_WORD
         if skipped:
-            words = _pack(np.pad(_unpack(words)[:, skipped : skipped + count], ((0, 0), (0, missing))))
-        zero = _unpack(packed_zero)[:, skipped : skipped + count]
-        if missing:
-            zero, scale = (np.pad(x, ((0, 0), (0, missing))) for x in (zero, scale))
-        return words, zero, scale
+            codes = _unpack(words)[:, skipped : skipped + count]
+            words = _pack(np.pad(codes, ((0, 0), (0, -count % _PER_WORD))))
+        return words, _unpack(packed_zero)[:, skipped : skipped + count], scale
 
     def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
         """Words, unpacked zero points and scales."""
         words, _, scale = parts
-        word_bytes = words.dtype.itemsize
-        groups = scale.shape[0]
-        row_words = -(-rows // _PER_WORD)
-        return row_words * (self.columns * word_bytes + _PER_WORD * groups * (1 + scale.dtype.itemsize))
+        of_row = scale.shape[0] * (1 + scale.dtype.itemsize)
+        return -(-rows // _PER_WORD) * self.columns * words.dtype.itemsize + rows * of_row
 
     def decode(
         self,
         arrays: Sequence[jax.Array],
         *,
-        rows: int,
         dtype: DTypeLike,
         transposed: bool,
         implementation: Implementation = "auto",
@@ -103,7 +83,6 @@ class Awq:
         """Arrays are `int32[batch, in, words]`, `uint8[batch, groups, rows]` and `scale[batch, groups, rows]`."""
         words, zero, scale = arrays
         x = awq.dequantize(words, scale, zero, group_size=self.group_size, dtype=dtype, implementation=implementation)
-        x = x[:, :, :rows]
         return x if transposed else jnp.swapaxes(x, 1, 2)
 
 

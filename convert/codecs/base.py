@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
@@ -125,7 +126,6 @@ class Codec(Protocol):
         self,
         arrays: Sequence[jax.Array],
         *,
-        rows: int,
         dtype: DTypeLike,
         transposed: bool,
         implementation: Implementation = "auto",
@@ -136,11 +136,39 @@ class Codec(Protocol):
 
         Args:
             arrays: The prepared arrays of several tensors, stacked on a new first axis.
-            rows: How many rows they hold.
             dtype: bfloat16 or float32.
             transposed: Whether to return `[batch, columns, rows]` in place of `[batch, rows, columns]`.
             implementation: Which kernel computes them, for codecs that have one.
         """
+
+
+class ValuesCodec:
+    """What codecs have in common whose one prepared array is the values, `[rows, ...]`, at least as wide as needed."""
+
+    __slots__ = ()
+
+    kernel: ClassVar[Kernel | None] = None
+    row_axes: ClassVar[tuple[int | None, ...]] = (0,)
+    row_unit: ClassVar[int] = 1
+
+    def decode(
+        self,
+        arrays: Sequence[jax.Array],
+        *,
+        dtype: DTypeLike,
+        transposed: bool,
+        implementation: Implementation = "auto",
+    ) -> jax.Array:
+        """The array, transposed before it is widened so that fewer bytes move."""
+        (x,) = arrays
+        if transposed:
+            x = jnp.swapaxes(x, 1, 2)
+        return x.astype(dtype)
+
+
+def group_name(group_size: int, columns: int) -> str:
+    """What descriptions call a group of columns that share a scale."""
+    return "channel" if group_size >= columns else f"group {group_size}"
 
 
 @dataclass(frozen=True, slots=True)

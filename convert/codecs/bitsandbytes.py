@@ -18,19 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from reprlib import repr as clip  # Cuts long values to a length that suits a message.
-from typing import Any
+from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from slicecast.convert.box import Shape
-from slicecast.convert.codecs.base import Kernel, Part, StoredTensor
-from slicecast.convert.codecs.scales import check_shape
-from slicecast.convert.errors import MissingPartnerError, ShapeError, UnsupportedFormatError
+from slicecast.convert.codecs.base import Part, StoredTensor, ValuesCodec
+from slicecast.convert.codecs.scales import check_shape, partner
+from slicecast.convert.errors import ShapeError, UnsupportedFormatError
 from slicecast.convert.source.safetensors_header import TensorInfo
-from slicecast.kernels.implementation import Implementation
 
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -43,7 +39,7 @@ _VALUES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class BitsAndBytes4Bit:
+class BitsAndBytes4Bit(ValuesCodec):
     """NF4 or FP4. Parts: codes, absmax, map, state, and if nested the nested map and absmax.
 
     Attributes:
@@ -52,6 +48,8 @@ class BitsAndBytes4Bit:
         block_size: Values that share a factor.
         nested: Whether the factors are quantized too.
     """
+
+    changes_values: ClassVar[bool] = True
 
     kind: str
     shape: Shape
@@ -62,26 +60,6 @@ class BitsAndBytes4Bit:
     def description(self) -> str:
         """The format and its block size."""
         return f"bitsandbytes {self.kind}, blocks of {self.block_size}{', nested' if self.nested else ''}"
-
-    @property
-    def changes_values(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def kernel(self) -> Kernel | None:
-        """None: the host decodes it."""
-        return None
-
-    @property
-    def row_axes(self) -> tuple[int | None, ...]:
-        """The values."""
-        return (0,)
-
-    @property
-    def row_unit(self) -> int:
-        """Rows are apart."""
-        return 1
 
     def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
         """The values, `float32[rows, columns]`.
@@ -139,19 +117,6 @@ class BitsAndBytes4Bit:
         """float32 values."""
         return rows * self.shape[1] * np.dtype(np.float32).itemsize
 
-    def decode(
-        self,
-        arrays: Sequence[jax.Array],
-        *,
-        rows: int,
-        dtype: DTypeLike,
-        transposed: bool,
-        implementation: Implementation = "auto",
-    ) -> jax.Array:
-        """Rounds the values."""
-        x = arrays[0].astype(dtype)
-        return jnp.swapaxes(x, 1, 2) if transposed else x
-
 
 def state_of(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
     """The stored state of the weight `name`, if it is in this format."""
@@ -167,7 +132,7 @@ def stored(name: str, shape: Shape, tensors: Mapping[str, TensorInfo]) -> Stored
     """
     weight, state = tensors[name], state_of(name, tensors)
     assert state is not None, "the caller found the state"
-    absmax = _partner(name, "absmax", tensors)
+    absmax = partner(f"{name}.absmax", weight, tensors)
     nested = absmax.dtype == "U8"
     values = math.prod(shape)
     why = f"'{name}' is {list(shape)} by config.json"
@@ -182,7 +147,7 @@ def stored(name: str, shape: Shape, tensors: Mapping[str, TensorInfo]) -> Stored
             f"{absmax.file}: tensor '{absmax.name}' is {absmax.dtype}{list(absmax.shape)}; a weight of {list(shape)} "
             f"has a factor for each block of {', '.join(map(str, sorted(_BLOCK_SIZES)))} values."
         )
-    quant_map = _partner(name, "quant_map", tensors)
+    quant_map = partner(f"{name}.quant_map", weight, tensors)
     check_shape(absmax, ("U8",) if nested else ("F32",), absmax.shape, "that is how factors are stored")
     check_shape(quant_map, ("F32",), (16,), "there are 16 codes")
     check_shape(state, ("U8",), state.shape, "it is text")
@@ -194,19 +159,10 @@ def stored(name: str, shape: Shape, tensors: Mapping[str, TensorInfo]) -> Stored
         Part(state, byte, (state.nbytes,), None),
     ]
     if nested:
-        nested_map, factors = (_partner(name, partner, tensors) for partner in ("nested_quant_map", "nested_absmax"))
+        nested_map = partner(f"{name}.nested_quant_map", weight, tensors)
+        factors = partner(f"{name}.nested_absmax", weight, tensors)
         check_shape(nested_map, ("F32",), (256,), "there are 256 codes")
         check_shape(factors, ("F32",), (-(-absmax.shape[0] // _NESTED_BLOCK),), f"blocks of {_NESTED_BLOCK} factors")
         parts += [Part(nested_map, float32, (256,), None), Part(factors, float32, factors.shape, None)]
     kind = state.name.rpartition(_STATE)[2]
     return StoredTensor(name, shape, BitsAndBytes4Bit(kind, shape, block, nested), tuple(parts))
-
-
-def _partner(name: str, partner: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
-    found = tensors.get(f"{name}.{partner}")
-    if found is None:
-        raise MissingPartnerError(
-            f"{tensors[name].file}: tensor '{name}' is quantized, but '{name}.{partner}' is in no file of the "
-            "checkpoint. Download the missing file; the weight has no value without it."
-        )
-    return found

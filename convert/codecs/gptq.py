@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ from jax.typing import DTypeLike
 
 from slicecast.convert.box import Shape
 from slicecast.convert.codecs import bit_stream
-from slicecast.convert.codecs.base import FLOAT_DTYPES, Kernel, Part, StoredTensor
+from slicecast.convert.codecs.base import FLOAT_DTYPES, Kernel, Part, StoredTensor, group_name
 from slicecast.convert.codecs.quantization_config import ONE_GROUP, QuantizationConfig
-from slicecast.convert.codecs.scales import check_shape
+from slicecast.convert.codecs.scales import check_shape, partner
 from slicecast.convert.errors import MissingPartnerError, ShapeError, UnsupportedFormatError
 from slicecast.convert.source.safetensors_header import TensorInfo
 from slicecast.kernels import gptq
@@ -49,6 +50,12 @@ class Gptq:
         stored_less_one: Whether zero points are stored less one: version 1.
     """
 
+    changes_values: ClassVar[bool] = True
+    kernel: ClassVar[Kernel | None] = "gptq"
+    # Rows of the logical tensor are the last axis of everything but the groups of the inputs.
+    row_axes: ClassVar[tuple[int | None, ...]] = (1, 1, 1, None)
+    row_unit: ClassVar[int] = 1
+
     bits: int
     columns: int
     group_size: int
@@ -57,28 +64,8 @@ class Gptq:
     @property
     def description(self) -> str:
         """The format, its width and its group size."""
-        group = "channel" if self.group_size >= self.columns else f"group {self.group_size}"
+        group = group_name(self.group_size, self.columns)
         return f"gptq int{self.bits}, {group}, version {1 if self.stored_less_one else 2}"
-
-    @property
-    def changes_values(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def kernel(self) -> Kernel | None:
-        """Its own; XLA where inputs are ordered by activation."""
-        return "gptq"
-
-    @property
-    def row_axes(self) -> tuple[int | None, ...]:
-        """Rows of the logical tensor are the last axis of everything but the groups of the inputs."""
-        return (1, 1, 1, None)
-
-    @property
-    def row_unit(self) -> int:
-        """Rows are apart."""
-        return 1
 
     @property
     def groups(self) -> int:
@@ -117,7 +104,6 @@ class Gptq:
         self,
         arrays: Sequence[jax.Array],
         *,
-        rows: int,
         dtype: DTypeLike,
         transposed: bool,
         implementation: Implementation = "auto",
@@ -191,13 +177,7 @@ def partners(base: str, words: TensorInfo, tensors: Mapping[str, TensorInfo]) ->
     Raises:
         MissingPartnerError: If one is missing.
     """
-    for partner in ("scales", "qzeros"):
-        if f"{base}.{partner}" not in tensors:
-            raise MissingPartnerError(
-                f"{words.file}: tensor '{words.name}' is quantized, but '{base}.{partner}' is in no file of the "
-                "checkpoint. Download the missing file; the weight has no value without it."
-            )
-    return tensors[f"{base}.scales"], tensors[f"{base}.qzeros"]
+    return partner(f"{base}.scales", words, tensors), partner(f"{base}.qzeros", words, tensors)
 
 
 def matrix(words: TensorInfo, shape: Shape) -> tuple[int, int]:

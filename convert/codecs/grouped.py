@@ -10,7 +10,7 @@ and in how many rows share one. The modules beside this one say which is which; 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,10 @@ class Grouped:
         transposed: True if the logical tensor is `[..., in, out]`.
     """
 
+    changes_values: ClassVar[bool] = True
+    kernel: ClassVar[Kernel | None] = "grouped"
+    row_unit: ClassVar[int] = 1
+
     description: str
     code: Code
     out: int
@@ -65,24 +69,9 @@ class Grouped:
     transposed: bool = False
 
     @property
-    def changes_values(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def kernel(self) -> Kernel | None:
-        """The arithmetic is always the kernel's."""
-        return "grouped"
-
-    @property
     def row_axes(self) -> tuple[int | None, ...]:
         """Codes, scales and zero points have rows; what replaces the global scale has none."""
         return (0, 0) + ((0,) if self.zero is not None else ()) + ((None,) if self.global_scale is not None else ())
-
-    @property
-    def row_unit(self) -> int:
-        """Rows are apart once the scales are repeated."""
-        return 1
 
     @property
     def groups(self) -> int:
@@ -126,7 +115,6 @@ class Grouped:
         self,
         arrays: Sequence[jax.Array],
         *,
-        rows: int,
         dtype: DTypeLike,
         transposed: bool,
         implementation: Implementation = "auto",

@@ -11,24 +11,21 @@ do not do it, because compilers may fuse the two operations into one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from slicecast.convert.box import Shape
-from slicecast.convert.codecs.base import FLOAT_DTYPES, Kernel, Part, StoredTensor
+from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor, ValuesCodec
 from slicecast.convert.codecs.bit_stream import Packing, unpack
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
-from slicecast.convert.codecs.scales import check_shape
-from slicecast.convert.errors import MissingPartnerError, ShapeError, UnsupportedFormatError
+from slicecast.convert.codecs.scales import check_shape, partner
+from slicecast.convert.errors import ShapeError, UnsupportedFormatError
 from slicecast.convert.source.safetensors_header import TensorInfo
-from slicecast.kernels.implementation import Implementation
 
 
 @dataclass(frozen=True, slots=True)
-class MlxAffine:
+class MlxAffine(ValuesCodec):
     """Unsigned codes with a scale and a bias for each group. Parts: words, scales, biases.
 
     Attributes:
@@ -36,6 +33,8 @@ class MlxAffine:
         columns: The logical number of columns.
         group_size: How many columns share a scale and a bias.
     """
+
+    changes_values: ClassVar[bool] = True
 
     bits: int
     columns: int
@@ -45,26 +44,6 @@ class MlxAffine:
     def description(self) -> str:
         """The format, its width and its group size."""
         return f"mlx affine int{self.bits}, group {self.group_size}"
-
-    @property
-    def changes_values(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def kernel(self) -> Kernel | None:
-        """None: the host decodes it."""
-        return None
-
-    @property
-    def row_axes(self) -> tuple[int | None, ...]:
-        """The values."""
-        return (0,)
-
-    @property
-    def row_unit(self) -> int:
-        """Rows are apart."""
-        return 1
 
     def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
         """The values, `float32[rows, columns]`, computed row by row to bound what NumPy holds beside them."""
@@ -81,19 +60,6 @@ class MlxAffine:
     def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
         """float32 values."""
         return rows * self.columns * np.dtype(np.float32).itemsize
-
-    def decode(
-        self,
-        arrays: Sequence[jax.Array],
-        *,
-        rows: int,
-        dtype: DTypeLike,
-        transposed: bool,
-        implementation: Implementation = "auto",
-    ) -> jax.Array:
-        """Rounds the values."""
-        x = arrays[0].astype(dtype)
-        return jnp.swapaxes(x, 1, 2) if transposed else x
 
 
 def stored(
@@ -112,13 +78,7 @@ def stored(
             f"{words.file}: tensor '{name}' is stored as U32, as MLX packs integers, but config.json has no "
             "'quantization' that says so. Use the config.json that was published with the weights."
         )
-    missing = [f"{base}.{partner}" for partner in ("scales", "biases") if f"{base}.{partner}" not in tensors]
-    if missing:
-        raise MissingPartnerError(
-            f"{words.file}: tensor '{name}' is quantized, but '{missing[0]}' is in no file of the checkpoint. Download "
-            "the missing file; the weight has no value without it."
-        )
-    scales, biases = tensors[f"{base}.scales"], tensors[f"{base}.biases"]
+    scales, biases = (partner(f"{base}.{name}", words, tensors) for name in ("scales", "biases"))
     if len(shape) != 2:
         raise ShapeError(
             f"{words.file}: tensor '{name}' is packed, which has two axes, but config.json gives {list(shape)}."

@@ -17,14 +17,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from slicecast.convert.box import Shape
-from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor
+from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor, group_name
 from slicecast.convert.codecs.bit_stream import Packing
 from slicecast.convert.codecs.grouped import Grouped
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.errors import MissingPartnerError, ShapeError, UnsupportedFormatError
 from slicecast.convert.source.safetensors_header import TensorInfo
+from slicecast.kernels.grouped import Code
 
 _BYTES_PER_WORD = 4
+
+# Widths that the kernel takes as they are stored. The host unpacks the others to signed bytes.
+_CODES: dict[int, Code] = {4: "int4_offset", 8: "int8_offset"}
 
 
 def stored(
@@ -70,7 +74,7 @@ def stored(
             f"{scale.file}: tensor '{scale.name}' has {groups} scales for {columns} columns, a group size of "
             f"{group_size}, but the quantization_config says {_either(quantization.group_sizes)}."
         )
-    group = "channel" if groups == 1 else f"group {group_size}"
+    group = group_name(group_size, columns)
     parts = [
         Part(packed, np.dtype(np.uint8), (rows, packed.shape[1] * _BYTES_PER_WORD)),
         Part(scale, FLOAT_DTYPES[scale.dtype], (rows, groups)),
@@ -91,12 +95,12 @@ def stored(
     bits = packing.bits
     codec = Grouped(
         description=f"int{bits} pack-quantized, {group}{', asymmetric' if zero is not None else ''}",
-        code={4: "int4_offset", 8: "int8_offset"}.get(bits, "int8"),  # type: ignore[arg-type]
+        code=_CODES.get(bits, "int8"),
         out=rows,
         columns=columns,
         group_size=group_size,
         zero=None if zero is None else packing,
-        packing=None if bits in (4, 8) else packing,
+        packing=None if bits in _CODES else packing,
     )
     unread = (f"{base}.weight_shape",) if f"{base}.weight_shape" in tensors else ()
     return StoredTensor(f"{base}.weight", shape, codec, tuple(parts), unread)

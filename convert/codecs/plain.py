@@ -3,26 +3,25 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from slicecast.convert.box import Shape
-from slicecast.convert.codecs.base import FLOAT_DTYPES, Kernel, Part, StoredTensor
+from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor, ValuesCodec
 from slicecast.convert.errors import ShapeError
 from slicecast.convert.source.safetensors_header import TensorInfo
-from slicecast.kernels.implementation import Implementation
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(ValuesCodec):
     """The values as they stand.
 
     Attributes:
         dtype: The stored dtype: `bfloat16`, `float16` or `float32`.
     """
+
+    changes_values: ClassVar[bool] = False
 
     dtype: str
 
@@ -31,26 +30,6 @@ class Plain:
         """The dtype."""
         return self.dtype
 
-    @property
-    def changes_values(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def kernel(self) -> Kernel | None:
-        """XLA does it."""
-        return None
-
-    @property
-    def row_axes(self) -> tuple[int | None, ...]:
-        """One array, rows first."""
-        return (0,)
-
-    @property
-    def row_unit(self) -> int:
-        """Rows are apart."""
-        return 1
-
     def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
         """The stored array."""
         return tuple(parts)
@@ -58,21 +37,6 @@ class Plain:
     def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
         """The stored bytes."""
         return rows * math.prod(parts[0].shape[1:]) * parts[0].dtype.itemsize
-
-    def decode(
-        self,
-        arrays: Sequence[jax.Array],
-        *,
-        rows: int,
-        dtype: DTypeLike,
-        transposed: bool,
-        implementation: Implementation = "auto",
-    ) -> jax.Array:
-        """The array, transposed before it is widened so that fewer bytes move."""
-        (x,) = arrays
-        if transposed:
-            x = jnp.swapaxes(x, 1, 2)
-        return x.astype(dtype)
 
 
 def stored(tensor: TensorInfo, shape: Shape) -> StoredTensor:

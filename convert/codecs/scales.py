@@ -56,6 +56,21 @@ def find(name: str, weight: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Te
     return found
 
 
+def partner(name: str, weight: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+    """The tensor `name`, without which the quantized tensor `weight` has no value.
+
+    Raises:
+        MissingPartnerError: If it is not there.
+    """
+    found = tensors.get(name)
+    if found is None:
+        raise MissingPartnerError(
+            f"{weight.file}: tensor '{weight.name}' is quantized, but '{name}' is in no file of the checkpoint. "
+            "Download the missing file; the weight has no value without it."
+        )
+    return found
+
+
 def names_of(name: str) -> list[str]:
     """The names that the scale of the weight `name` may have."""
     if name.endswith(_WEIGHT):

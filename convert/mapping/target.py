@@ -89,6 +89,13 @@ class Leaf:
         """The stack coordinates of the tensors that a box of the leaf holds, in row-major order of the stacked axes."""
         return itertools.product(*(range(box.start[axis], box.stop[axis]) for axis, _ in self.stacked))
 
+    def element_index(self, box: Box, coordinate: Shape) -> tuple[int | slice, ...]:
+        """Where the part of the tensor at a stack coordinate lies in an array that holds a box of the leaf."""
+        index: list[int | slice] = [slice(None)] * len(self.shape)
+        for (axis, _), position in zip(self.stacked, coordinate, strict=True):
+            index[axis] = position - box.start[axis]
+        return tuple(index)
+
     def source(self, coordinate: Shape) -> str:
         """The name of the source tensor at a stack coordinate."""
         indices = dict(self.fixed)
