@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-
-from slicecast.kernels.implementation import Implementation
 
 LANES = 128
 """The minor dimension of every TPU register tile."""
@@ -259,40 +256,6 @@ def pallas_tpu(
         interpret=interpret,
         name=name,
     )(*operands)
-    return y
-
-
-def choose(
-    implementation: Implementation,
-    *operands: jax.Array,
-    xla: Callable[..., jax.Array],
-    pallas_tpu: Callable[..., jax.Array],
-    unsupported: str | None,
-) -> jax.Array:
-    """Calls the implementation that was asked for.
-
-    Args:
-      implementation: Which one.
-      *operands: What it takes.
-      xla: The definition.
-      pallas_tpu: The TPU kernel.
-      unsupported: Why the TPU kernel does not apply, or None if it does.
-
-    Raises:
-      ValueError: "pallas_tpu" does not apply, or there is no such implementation.
-    """
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"implementation must be one of {get_args(Implementation)}, not {implementation!r}")
-    if implementation == "pallas_tpu":
-        if unsupported is not None:
-            raise ValueError(f"The Pallas TPU kernel does not apply: {unsupported}.")
-        # A kernel that asks for memory spaces cannot run outside of a program.
-        y: jax.Array = jax.jit(pallas_tpu)(*operands)
-        return y
-    if implementation == "xla" or unsupported is not None:
-        return xla(*operands)
-    # Decided when the program is lowered, so that ahead-of-time compilation for a TPU chooses as the TPU itself would.
-    y = lax.platform_dependent(*operands, tpu=pallas_tpu, default=xla)
     return y
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from slicecast.kernels import affine
 from slicecast.kernels.awq import pallas_tpu, reference
-from slicecast.kernels.implementation import Implementation
+from slicecast.kernels.implementation import Implementation, choose
 
 # The weights of `kernel_agrees`: rows, columns and group size. The first has several blocks on both axes, the last of
 # them ragged, and a ragged last group. The second has one group and is smaller than a block.
@@ -55,7 +55,7 @@ def dequantize(
       ValueError: The arguments do not fit the operation, or "pallas_tpu" does not support their shape.
     """
     reference.check(words, scale, zero, group_size=group_size, dtype=dtype)
-    return affine.choose(
+    return choose(
         implementation,
         words,
         scale,

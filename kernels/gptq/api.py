@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from slicecast.kernels import affine
 from slicecast.kernels.gptq import pallas_tpu, reference
-from slicecast.kernels.implementation import Implementation
+from slicecast.kernels.implementation import Implementation, choose
 
 # The weights of `kernel_agrees`: rows, columns and group size. The first has several blocks on both axes, the last of
 # them ragged, and a ragged last group. The second has one group and is smaller than a block.
@@ -63,7 +63,7 @@ def dequantize(
     unsupported = pallas_tpu.supported(words.shape[1] * reference.WORD_BITS // bits, words.shape[2], group_size)
     if group_index is not None:
         unsupported = "with a group index, the scales of each row are gathered"
-    return affine.choose(
+    return choose(
         implementation,
         words,
         scale,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from slicecast.kernels.grouped import formats, pallas_tpu, reference
 from slicecast.kernels.grouped.formats import Code, ScaleFormat
-from slicecast.kernels.implementation import Implementation
+from slicecast.kernels.implementation import Implementation, choose
 
 
 def dequantize(
@@ -65,8 +64,6 @@ def dequantize(
     Raises:
       ValueError: The arguments do not fit the operation, or "pallas_tpu" does not support their shape.
     """
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"implementation must be one of {get_args(Implementation)}, not {implementation!r}")
 
     def using(function: Callable[..., Any]) -> Any:
         return function(
@@ -80,18 +77,13 @@ def dequantize(
             significands=significands,
         )
 
-    xla = functools.partial(using, reference.dequantize)
-    pallas = functools.partial(using, functools.partial(pallas_tpu.dequantize, interpret=interpret))
     using(reference.check)
-    y: jax.Array
-    if implementation == "pallas_tpu":
-        y = pallas()
-    elif implementation == "xla" or pallas_tpu.unsupported(codes, scale, code, group_size, zero) is not None:
-        y = xla()
-    else:
-        # Decided when the program is lowered, so that ahead-of-time compilation for a TPU chooses as the TPU would.
-        y = lax.platform_dependent(tpu=pallas, default=xla)
-    return y
+    return choose(
+        implementation,
+        xla=functools.partial(using, reference.dequantize),
+        pallas_tpu=functools.partial(using, functools.partial(pallas_tpu.dequantize, interpret=interpret)),
+        unsupported=pallas_tpu.unsupported(codes, scale, code, group_size, zero),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
