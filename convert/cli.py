@@ -286,7 +286,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--save_dtype", choices=("bfloat16", "float32"), default="bfloat16",
-        help="the dtype of the weights (default: bfloat16); DeepSeek's router bias is always float32",
+        help="the dtype of the weights (default: bfloat16); a few small leaves are always float32, see docs/dtypes.md",
     )  # fmt: skip
     parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
     parser.add_argument(
@@ -294,6 +294,26 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("default", "llama3.1", "yarn"),
         help="MaxText's rope_type, if you will run the model with another one",
     )
+    parser.add_argument(
+        "--maxtext_version", metavar="VERSION",
+        help="the MaxText release that will load the result (default: the newest known one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--enable_mtp", metavar="BOOL", type=_boolean, nargs="?", const=True, default=False,
+        help="convert the layers for multi-token prediction too, for MaxText's mtp_num_layers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--use_multimodal", metavar="BOOL", type=_boolean, nargs="?", const=True,
+        help="convert vision and audio encoders too, or not (default: as MaxText's model does)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vocab_size", metavar="N", type=_count,
+        help="MaxText's vocab_size: rows of zeros are added to the embedding, or its last rows are left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ignore_extra", metavar="REGEX", type=_pattern,
+        help="leave out tensors that the model has no place for, if REGEX matches their whole name",
+    )  # fmt: skip
     parser.add_argument(
         "--override_model_config", metavar="BOOL", type=_boolean, nargs="?", const=True, default=False,
         help="let the model's sizes differ from those that MaxText has for --model_name",
@@ -323,6 +343,14 @@ def _boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
     return values[text.lower()]
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from None
+    return text
 
 
 def _count(text: str) -> int:

@@ -1,6 +1,7 @@
 """What the subcommands do, from settings to results."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import signal
@@ -18,8 +19,9 @@ from slicecast.configs import families, maxtext, slices
 from slicecast.convert import hosts, orbax_checkpoint, plan, requantize, verify
 from slicecast.convert.codecs import quantization_config
 from slicecast.convert.device import choose_implementation
-from slicecast.convert.errors import OutputError, UsageError, VerificationError
+from slicecast.convert.errors import OutputError, TargetError, UsageError, VerificationError
 from slicecast.convert.mapping import resolve
+from slicecast.convert.mapping.rules import Ignore, ModelOptions
 from slicecast.convert.mapping.target import Layout
 from slicecast.convert.memory import GB, Machine, available_host_bytes
 from slicecast.convert.pipeline import Pipeline, array_spec
@@ -36,6 +38,19 @@ _DEFAULT_SHARE = 0.75
 # The file in the output directory that holds the digest of source and plan. It matters while the checkpoint is
 # unfinished.
 _PLAN_FILE = "slicecast-plan"
+
+# Settings that say what the result is; `verify` finds them in the checkpoint's metadata.
+_RECORDED = (
+    "param_scan_axis",
+    "save_dtype",
+    "model_name",
+    "rope_type",
+    "enable_mtp",
+    "use_multimodal",
+    "vocab_size",
+    "maxtext_version",
+    "ignore_extra",
+)
 
 # Boxes compared at once by `verify`; NumPy lets go of the interpreter for most of the work.
 _VERIFY_WORKERS = 2
@@ -71,8 +86,23 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
         SlicecastError: Whatever keeps the checkpoint from being converted.
     """
     checkpoint = open_checkpoint(settings.hf_model_path)
-    model = families.recognize(checkpoint.config, settings.model_name, settings.rope_type)
+    options = ModelOptions(
+        model_name=settings.model_name,
+        rope_type=settings.rope_type,
+        enable_mtp=settings.enable_mtp,
+        use_multimodal=settings.use_multimodal,
+        vocab_size=settings.vocab_size,
+    )
+    model = families.recognize(checkpoint.config, options)
+    if settings.ignore_extra is not None:
+        extra = Ignore(settings.ignore_extra, f"--ignore_extra={settings.ignore_extra}")
+        model = dataclasses.replace(model, ignores=(*model.ignores, extra))
     layout = Layout(settings.scan_layers, settings.param_scan_axis, settings.save_dtype)
+    if layout.scan_layers and model.unscanned_only:
+        raise TargetError(
+            f"{model.description}: MaxText has this model unscanned only, for {model.unscanned_only}. "
+            "Add --scan_layers=false."
+        )
     quantization = quantization_config.read(checkpoint.config, checkpoint.side_configs)
     resolved, ignored = resolve.resolve(checkpoint, model, layout, quantization)
     if settings.model_name is not None and not settings.override_model_config:
@@ -199,10 +229,7 @@ def _custom_metadata(settings: Settings, made: Plan) -> dict[str, Any]:
         "slicecast": {
             "version": metadata.version("slicecast"),
             "plan": made.digest,
-            "param_scan_axis": settings.param_scan_axis,
-            "save_dtype": settings.save_dtype,
-            "model_name": settings.model_name,
-            "rope_type": settings.rope_type,
+            **{name: getattr(settings, name) for name in _RECORDED},
         },
     }
 
@@ -266,11 +293,8 @@ def settings_of(output: Path, hf_model_path: str) -> Settings:
         hf_model_path=hf_model_path,
         base_output_directory=str(output),
         scan_layers=bool(orbax_checkpoint.read_custom_metadata(step)["scan_layers"]),
-        param_scan_axis=int(own["param_scan_axis"]),
-        save_dtype=str(own["save_dtype"]),
-        model_name=own["model_name"],
-        rope_type=own["rope_type"],
         override_model_config=True,
+        **{name: own[name] for name in _RECORDED if name in own},
     )
 
 

@@ -15,10 +15,12 @@ import numpy as np
 from slicecast.convert.codecs.awq import Awq
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.codecs.bitsandbytes import BitsAndBytes4Bit
+from slicecast.convert.codecs.constant import Constant
 from slicecast.convert.codecs.gptq import Gptq
 from slicecast.convert.codecs.grouped import Grouped
+from slicecast.convert.codecs.joined import Joined, member_tensors
 from slicecast.convert.codecs.mlx import MlxAffine
-from slicecast.convert.codecs.plain import Plain
+from slicecast.convert.codecs.plain import Integers, Plain
 from slicecast.convert.source.safetensors_header import TensorInfo
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -33,6 +35,7 @@ _DTYPES: dict[str, Any] = {
     "F8_E8M0": np.uint8,
     "I8": np.int8,
     "I32": "<i4",
+    "I64": "<i8",
     "U8": np.uint8,
     "U32": "<u4",
 }
@@ -57,8 +60,14 @@ def rows(directory: str, tensor: StoredTensor, start: int, stop: int) -> Array:
     files = [part.tensor for part in tensor.parts]
     with np.errstate(all="ignore"):  # NaN, infinity and overflow are values like others here.
         match codec:
+            case Constant():
+                return np.full((stop - start, *codec.columns), codec.value, np.float32)
+            case Integers():
+                return _read_rows(directory, files[0], start, stop).astype(np.float32)
             case Plain():
-                return _read_rows(directory, files[0], start, stop)
+                return _plain(directory, files[0], start, stop)
+            case Joined():
+                return _joined(directory, codec, tensor)[start:stop]
             case Grouped():
                 return _grouped(directory, codec, files, start, stop)
             case Gptq():
@@ -79,6 +88,22 @@ def int4_codes_and_scales(directory: str, tensor: StoredTensor, start: int, stop
     weight, scale = (part.tensor for part in tensor.parts)
     codes: Array = _code_values(codec, _read_rows(directory, weight, start, stop)).astype(np.int8)
     return codes, _read_rows(directory, scale, start, stop)
+
+
+def _plain(directory: str, file: TensorInfo, start: int, stop: int) -> Array:
+    there = min(stop, file.shape[0])
+    zeros = np.zeros((stop - max(start, there), *_shape(file)[1:]), _DTYPES[file.dtype])
+    return zeros if start >= there else np.concatenate([_read_rows(directory, file, start, there), zeros])
+
+
+def _joined(directory: str, codec: Joined, tensor: StoredTensor) -> Array:
+    values = [rows(directory, member, 0, member.shape[0]) for member in member_tensors(tensor)]
+    turns: list[Array] = []
+    for turn in range(codec.groups):
+        for member, start, stop in codec.takes:
+            share = (stop - start) // codec.groups
+            turns.append(values[member][start + turn * share : start + (turn + 1) * share])
+    return np.concatenate(turns)
 
 
 def _grouped(directory: str, codec: Grouped, files: Sequence[TensorInfo], start: int, stop: int) -> Array:

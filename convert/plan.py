@@ -83,7 +83,7 @@ class PlannedLeaf:
 
     def is_copy(self, tensors: Sequence[StoredTensor]) -> bool:
         """Whether these tensors' bytes are the leaf's bytes, so that there is nothing to compute."""
-        same = all(t.parts[0].dtype.name == self.leaf.dtype and not t.codec.changes_values for t in tensors)
+        same = all(not t.codec.changes_values and t.parts[0].dtype.name == self.leaf.dtype for t in tensors)
         return same and not self.leaf.rule.ops
 
 
@@ -233,8 +233,8 @@ def _boxes(planned: PlannedLeaf, box_bytes: int) -> Iterator[WorkBox]:
     leaf, tiling = planned.leaf, planned.tiling
     step = list(tiling.column)
     rows = [] if tiling.row_axis is None else [tiling.row_axis]
-    experts = [axis for axis, stack in leaf.stacked if stack.always]
-    layers = [axis for axis, stack in leaf.stacked if not stack.always]
+    experts = [axis for axis, stack in leaf.stacked if stack.placeholder == "expert"]
+    layers = [axis for axis, stack in leaf.stacked if stack.placeholder == "layer"]
     for axis in rows + experts + layers:
         fits = box_bytes // (int(np.prod(step)) * planned.itemsize)
         step[axis] = min(leaf.shape[axis], step[axis] * max(1, fits))
@@ -255,7 +255,10 @@ def _boxes(planned: PlannedLeaf, box_bytes: int) -> Iterator[WorkBox]:
 def _source_position(work: WorkBox) -> tuple[str, int]:
     """Where a box's source begins: the file, and the byte in it."""
     first = next(work.leaf.leaf.coordinates(work.box))
-    span = work.leaf.sources[first].parts[0].spans(*work.leaf.rows(work.box))[0]
+    parts = work.leaf.sources[first].parts
+    if not parts:
+        return "", 0  # Nothing is read for it.
+    span = parts[0].spans(*work.leaf.rows(work.box))[0]
     return span.file, span.offset
 
 
@@ -331,6 +334,6 @@ def _digest(checkpoint: Checkpoint, leaves: Sequence[PlannedLeaf]) -> str:
     for planned in leaves:
         leaf = planned.leaf
         codecs = sorted({repr(stored.codec) for stored in planned.sources.values()})
-        identity = (leaf.path, leaf.shape, leaf.dtype, leaf.rule, leaf.fixed, planned.tiling, codecs)
+        identity = (leaf.path, leaf.shape, leaf.dtype, leaf.rule, leaf.layer, planned.tiling, codecs)
         sha.update(repr(identity).encode())
     return sha.hexdigest()

@@ -15,6 +15,11 @@ class Settings:
         save_dtype: `bfloat16` or `float32`.
         model_name: MaxText's name of the model, or None.
         rope_type: MaxText's rotary embedding that the model will run with, or None.
+        enable_mtp: Whether to convert the layers for multi-token prediction.
+        use_multimodal: Whether to convert vision and audio; None for what MaxText does with this model.
+        vocab_size: The vocabulary of the MaxText model; None for the checkpoint's, or what MaxText has for the model.
+        maxtext_version: The MaxText release whose tree is written.
+        ignore_extra: A regular expression; tensors that no rule reads are left out if it matches their whole name.
         override_model_config: Whether the sizes may differ from those that MaxText has for `model_name`.
         host_memory_gb: The budget for bytes in flight on each host, in GB (10**9 bytes); None for three quarters of
             what is free.
@@ -30,6 +35,11 @@ class Settings:
     save_dtype: str = "bfloat16"
     model_name: str | None = None
     rope_type: str | None = None
+    enable_mtp: bool = False
+    use_multimodal: bool | None = None
+    vocab_size: int | None = None
+    maxtext_version: str | None = None
+    ignore_extra: str | None = None
     override_model_config: bool = False
     host_memory_gb: float | None = None
     device_memory_gb: float | None = None

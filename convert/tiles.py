@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.mapping import ops
+from slicecast.convert.mapping.rules import Join
 from slicecast.convert.mapping.target import Leaf
 
 # All chunks that share source rows hold at most this much. It is what the smallest memory budget must fit a few times
@@ -73,10 +74,10 @@ def choose(leaf: Leaf, itemsize: int) -> Tiling:
 
     chunk = list(shape)
     for axis, stack in leaf.stacked:
-        if stack.always:
+        if stack.placeholder == "expert":
             chunk[axis] = _cut(stack.size, min(COLUMN_BYTES // element_bytes, stack.size // EXPERT_CHUNKS))
     for axis, stack in leaf.stacked:
-        if not stack.always:
+        if stack.placeholder == "layer":
             experts = math.prod(chunk[other] for other in stacked if other != axis)
             chunk[axis] = _cut(stack.size, SMALL_BYTES // (element_bytes * experts))
     column_bytes = math.prod(chunk) * itemsize
@@ -129,6 +130,8 @@ def _embed_axis(leaf: Leaf) -> int | None:
 
 def _row_axis(leaf: Leaf) -> int | None:
     """The leaf axis along which a cut leaves the source's rows whole, found by trying each."""
+    if isinstance(leaf.rule.source, Join):
+        return None  # Neighbors come from all over the stored tensors.
     source = leaf.rule.shape
     element = leaf.element_shape
     for axis, size in enumerate(element):

@@ -21,11 +21,14 @@ import tensorstore as ts
 from slicecast.convert import definition
 from slicecast.convert.box import Box
 from slicecast.convert.mapping.ops import (
+    COMPUTING,
     DeinterleaveHalves,
     InterleaveHalves,
     Merge,
+    Offset,
     Op,
     Scale,
+    Slice,
     Split,
     Stride,
     Transpose,
@@ -128,7 +131,7 @@ def _difference(found: Array, expected: Array, work: WorkBox) -> tuple[int, str]
 def _computes(work: WorkBox) -> bool:
     """Whether the values of a box were computed or converted, not only moved."""
     leaf = work.leaf.leaf
-    return any(isinstance(op, Scale) for op in leaf.rule.ops) or any(
+    return any(isinstance(op, COMPUTING) for op in leaf.rule.ops) or any(
         tensor.codec.changes_values or tensor.parts[0].dtype.name != leaf.dtype
         for tensor in work.leaf.tensors(work.box)
     )
@@ -154,9 +157,9 @@ def source_rows(ops: Sequence[Op], source: tuple[int, ...], element: Box) -> tup
     # A view in which all columns share their row's number, so it takes no memory however large the tensor is.
     numbers = np.broadcast_to(numbers, source)
     for op in ops:
-        if not isinstance(op, Scale | InterleaveHalves | DeinterleaveHalves):
-            numbers = layout((op,), numbers)
-        elif not isinstance(op, Scale) and (element.start[-1], element.stop[-1]) != (0, numbers.shape[-1]):
+        if not isinstance(op, (*COMPUTING, InterleaveHalves, DeinterleaveHalves)):
+            numbers = _moved(op, numbers, rows_chosen=False)
+        elif not isinstance(op, COMPUTING) and (element.start[-1], element.stop[-1]) != (0, numbers.shape[-1]):
             raise ValueError(f"{element} cuts an axis that {op} permutes")
     part = numbers[element.slices]
     # Along an axis with stride 0 all numbers are equal: one of them is enough.
@@ -169,29 +172,40 @@ def source_rows(ops: Sequence[Op], source: tuple[int, ...], element: Box) -> tup
 
 
 def layout(ops: Sequence[Op], x: Array) -> Array:
-    """The ops in NumPy, on whole rows of the source. The first size of a split follows from the rows that are there."""
+    """The ops in NumPy, on those rows of the source that `source_rows` gives."""
     for op in ops:
-        match op:
-            case Transpose():
-                x = x.T
-            case Split(axis, sizes):
-                x = x.reshape(x.shape[:axis] + _run(x.shape[axis], sizes) + x.shape[axis + 1 :])
-            case Merge(axis, count):
-                x = x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + count :])
-            case Stride(axis, start, step):
-                x = x[(slice(None),) * axis + (slice(start, None, step),)]
-            case InterleaveHalves():
-                target = np.empty_like(x)
-                target[..., 0::2], target[..., 1::2] = np.split(x, 2, axis=-1)
-                x = target
-            case DeinterleaveHalves():
-                x = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
-            case Scale(factor):
-                with np.errstate(invalid="ignore"):
-                    x = np.multiply(x.astype(np.float32), np.float32(factor))
-            case _:
-                raise TypeError(f"verify does not know the op {op}")
+        x = _moved(op, x, rows_chosen=True)
     return x
+
+
+def _moved(op: Op, x: Array, *, rows_chosen: bool) -> Array:
+    """One op; ranges of rows are there already if they were chosen.
+
+    The first size of a split follows from the rows that are there.
+    """
+    match op:
+        case Transpose(order):
+            return x.transpose(order)
+        case Slice(axis, start, stop):
+            return x if axis == 0 and rows_chosen else x[(slice(None),) * axis + (slice(start, stop),)]
+        case Split(axis, sizes):
+            return x.reshape(x.shape[:axis] + _run(x.shape[axis], sizes) + x.shape[axis + 1 :])
+        case Merge(axis, count):
+            return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + count :])
+        case Stride(axis, start, step):
+            return x[(slice(None),) * axis + (slice(start, None, step),)]
+        case InterleaveHalves():
+            target = np.empty_like(x)
+            target[..., 0::2], target[..., 1::2] = np.split(x, 2, axis=-1)
+            return target
+        case DeinterleaveHalves():
+            return np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+        case Scale(factor):
+            with np.errstate(invalid="ignore"):
+                return np.multiply(x.astype(np.float32), np.float32(factor))
+        case Offset(term):
+            return x.astype(np.float32) + np.float32(term)
+    raise TypeError(f"verify does not know the op {op}")
 
 
 def _run(length: int, sizes: Sequence[int]) -> tuple[int, ...]:

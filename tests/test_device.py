@@ -31,6 +31,7 @@ from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.device import DeviceRunner, Step
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Split, Stride, Transpose
+from slicecast.convert.mapping.rules import ModelOptions
 from slicecast.convert.memory import chips_used
 from slicecast.convert.source.safetensors_header import TensorInfo
 
@@ -172,7 +173,7 @@ def test_the_chains_are_those_of_the_families() -> None:
     deepseek |= {"num_attention_heads": 4, "kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4}
     deepseek |= {"v_head_dim": 6, "first_k_dense_replace": 1, "moe_intermediate_size": 8, "n_routed_experts": 3}
     models = [
-        families.recognize(llama | {"architectures": ["LlamaForCausalLM"]}, name)
+        families.recognize(llama | {"architectures": ["LlamaForCausalLM"]}, ModelOptions(model_name=name))
         for name in ("llama3.1-8b", "llama2-7b")
     ]
     models.append(families.recognize(deepseek | {"architectures": ["DeepseekV3ForCausalLM"]}))

@@ -12,7 +12,7 @@ from slicecast.configs.families import llama
 from slicecast.convert.errors import ConfigError, SlicecastError, TargetError, UnsupportedArchitectureError
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import InterleaveHalves, Scale, Split, Stride, Transpose
-from slicecast.convert.mapping.rules import Model, Rule, Stack
+from slicecast.convert.mapping.rules import LayerAxis, Layers, Model, ModelOptions, Rule
 from slicecast.convert.mapping.target import Layout, Leaf, leaves
 
 Config = dict[str, Any]
@@ -264,8 +264,8 @@ def test_there_is_a_config_for_every_snapshot() -> None:
 @pytest.mark.parametrize("model_name", CONFIGS)
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 def test_leaves_are_exactly_those_of_maxtext(model_name: str, scan_layers: bool, named: bool) -> None:
-    layout = Layout(scan_layers)
-    found = target(families.recognize(CONFIGS[model_name], model_name if named else None), layout)
+    layout, options = Layout(scan_layers), ModelOptions(model_name=model_name if named else None)
+    found = target(families.recognize(CONFIGS[model_name], options), layout)
     assert {path: (leaf.shape, leaf.axes) for path, leaf in found.items()} == snapshot(model_name, scan_layers)
     for path, leaf in found.items():
         assert leaf.name == path.replace("/", ".")
@@ -309,7 +309,7 @@ def test_every_source_tensor_is_read(model_name: str, scan_layers: bool) -> None
         grid: list[tuple[int, ...]] = [()]
         for count in counts:
             grid = [(*head, i) for head in grid for i in count]
-        names += [leaf.source(coordinate) for coordinate in grid]
+        names += [leaf.source(str(leaf.rule.source), coordinate) for coordinate in grid]
     assert sorted(names) == sorted(source_names(config))
 
 
@@ -459,11 +459,11 @@ def test_layers_of_a_cycle_are_stacked_by_kind(config: Config) -> None:
     for kind in (0, 1):
         leaf = scanned[f"params/params/decoder/layers/layers_{kind}/GptOssAttention/sinks"]
         assert leaf.shape == (64, pairs)
-        names = [leaf.source((pair,)) for pair in range(pairs)]
+        names = [leaf.source(leaf.rule.source, (pair,)) for pair in range(pairs)]
         assert names == [f"model.layers.{layer}.self_attn.sinks" for layer in range(kind, 2 * pairs, 2)]
     for layer in range(2 * pairs):
         leaf = unscanned[f"params/params/decoder/layers_{layer}/GptOssAttention/sinks"]
-        assert leaf.source(()) == f"model.layers.{layer}.self_attn.sinks"
+        assert leaf.source(leaf.rule.source, ()) == f"model.layers.{layer}.self_attn.sinks"
 
 
 @pytest.mark.parametrize("cycle", [1, 4, 6])
@@ -471,12 +471,12 @@ def test_a_cycle_of_any_length(cycle: int) -> None:
     """Five cycles after three layers that are no part of them."""
     scanned, unscanned = {}, {}
     for kind in range(cycle):
-        stack = Stack("layer", "layers", start=3 + kind, size=5, step=cycle, block=f"blocks/layers_{kind}")
-        rule = Rule("x.{layer}.y", (7,), "decoder/{layers}/z", (), ("norm",), (stack,))
+        layers = Layers(3 + kind, (LayerAxis("layers", 5, cycle),), f"blocks/layers_{kind}")
+        rule = Rule("x.{layer}.y", (7,), "decoder/{layers}/z", (), ("norm",), layers)
         (leaf,) = leaves(rule, Layout(True))
         assert (leaf.shape, leaf.axes) == ((7, 5), ("norm", "layers"))
-        scanned[leaf.path] = [leaf.source((index,)) for index in range(5)]
-        unscanned |= {leaf.path: leaf.source(()) for leaf in leaves(rule, Layout(False))}
+        scanned[leaf.path] = [leaf.source(rule.source, (index,)) for index in range(5)]
+        unscanned |= {leaf.path: leaf.source(rule.source, ()) for leaf in leaves(rule, Layout(False))}
     root = "params/params/decoder"
     for kind in range(cycle):
         names = [f"x.{3 + kind + cycle * index}.y" for index in range(5)]
@@ -571,7 +571,7 @@ def test_the_rotary_layout(
     fields: Config, model_name: str | None, rope_type: str | None, interleaved: bool, note: str
 ) -> None:
     config = {key: value for key, value in LLAMA_3_8B.items() if key != "rope_scaling"} | fields
-    model = families.recognize(config, model_name, rope_type)
+    model = families.recognize(config, ModelOptions(model_name=model_name, rope_type=rope_type))
     scale = Scale(128**-0.5)
     rotary = (InterleaveHalves(),) if interleaved else ()
     for part, heads, tail in (("query", 32, (*rotary, scale)), ("key", 8, rotary), ("value", 8, ())):

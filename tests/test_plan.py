@@ -31,7 +31,7 @@ from slicecast.convert.codecs import quantization_config
 from slicecast.convert.errors import BudgetError
 from slicecast.convert.mapping import resolve
 from slicecast.convert.mapping.ops import Scale, Transpose
-from slicecast.convert.mapping.rules import Model
+from slicecast.convert.mapping.rules import Model, ModelOptions
 from slicecast.convert.mapping.target import Layout
 from slicecast.convert.memory import (
     BOX_SHARE_OF_BUDGET,
@@ -452,7 +452,7 @@ def test_the_digest_changes_with_all_that_is_written(monkeypatch: pytest.MonkeyP
         "offset": make_plan(replace(source, tensors=moved)),
         "file": make_plan(replace(source, tensors=other_file)),
         "stored dtype": make_plan(replace(source, tensors=half)),
-        "rotary layout": make_plan(source, model=families.recognize(source.config, "llama3-8b")),
+        "rotary layout": make_plan(source, model=families.recognize(source.config, ModelOptions(model_name="llama3-8b"))),
         "ops": make_plan(source, model=replace(model, rules=[*rules[:query], unscaled, *rules[query + 1 :]])),
         "path": make_plan(source, model=replace(model, rules=[*rules[:query], renamed, *rules[query + 1 :]])),
     }

@@ -15,7 +15,7 @@ from slicecast.convert import tiles
 from slicecast.convert.box import Box, Shape, grid_size
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Split, Transpose
-from slicecast.convert.mapping.rules import Rule, Stack
+from slicecast.convert.mapping.rules import Rule, stacked
 from slicecast.convert.mapping.target import Layout, Leaf, leaves
 from slicecast.convert.tiles import (
     COLUMN_BYTES,
@@ -209,7 +209,7 @@ def test_layers_are_read_one_at_a_time() -> None:
     for config in MODELS.values():
         for leaf, itemsize, tiling in tiled(config, Layout(True)):
             for axis, stack in leaf.stacked:
-                if not stack.always and nbytes(leaf.shape, itemsize) > tiles.SMALL_BYTES:
+                if stack.placeholder == "layer" and nbytes(leaf.shape, itemsize) > tiles.SMALL_BYTES:
                     bytes_of_one = nbytes(tiling.column, itemsize) // tiling.column[axis]
                     assert tiling.chunk[axis] == 1 or tiling.chunk[axis] * bytes_of_one <= tiles.SMALL_BYTES
 
@@ -335,11 +335,8 @@ CHAINS: list[tuple[tuple[Op, ...], tuple[str | None, ...]]] = [
 def odd_leaves(draw: st.DrawFn) -> tuple[Leaf, int]:
     """Leaves of any size, up to some GB, with and without stacks."""
     big = st.one_of(st.integers(1, 300), st.integers(1, 20000), st.sampled_from([1, 7, 4096, 7168, 32003, 131101]))
-    stacks = []
-    if draw(st.booleans()):
-        stacks.append(Stack("layer", "layers", 0, draw(st.integers(1, 130))))
-    if draw(st.booleans()):
-        stacks.append(Stack("expert", "exp", 0, draw(st.integers(1, 400)), always=True))
+    layers = stacked("layers", draw(st.integers(1, 130))) if draw(st.booleans()) else None
+    experts = draw(st.integers(1, 400)) if draw(st.booleans()) else None
     if draw(st.booleans()):
         heads, dim = draw(st.integers(1, 130)), 2 * draw(st.integers(1, 128))
         shape: Shape = (heads * dim, draw(big))
@@ -353,8 +350,7 @@ def odd_leaves(draw: st.DrawFn) -> tuple[Leaf, int]:
     else:
         shape = (draw(big), draw(big))
         chain, axes = draw(st.sampled_from(CHAINS))
-    pattern = "x" + "".join("{" + stack.placeholder + "}" for stack in stacks)
-    rule = Rule(pattern, shape, "x{layers}" if stacks and not stacks[0].always else "x", chain, axes, tuple(stacks))
+    rule = Rule("x{layer}{expert}", shape, "x{layers}" if layers else "x", chain, axes, layers, experts)
     layout = Layout(draw(st.booleans()), draw(st.sampled_from([0, 1])))
     return leaves(rule, layout)[0], draw(st.sampled_from([2, 4]))
 

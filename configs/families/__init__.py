@@ -1,33 +1,56 @@
 """One module per model family: the rules that map Hugging Face tensors to MaxText leaves.
 
-To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, model_name, rope_type)`, and name it
-in `_FAMILIES`.
+To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, options)`, and name it in
+`FAMILIES`; docs/adding-a-family.md shows one. What families have in common is in `blocks.py`.
 """
 
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from slicecast.configs.families import deepseek, gpt_oss, llama
+from slicecast.configs.families import (
+    deepseek,
+    deepseek_v4,
+    gemma,
+    gemma4,
+    gpt_oss,
+    llama,
+    llama4,
+    mixtral,
+    olmo,
+    qwen,
+    qwen_hybrid,
+)
 from slicecast.convert.errors import ConfigError, UnsupportedArchitectureError
 from slicecast.convert.mapping.hf_config import HfConfig
-from slicecast.convert.mapping.rules import Model
+from slicecast.convert.mapping.rules import Model, ModelOptions
 
-_FAMILIES: tuple[ModuleType, ...] = (deepseek, gpt_oss, llama)
+FAMILIES: tuple[ModuleType, ...] = (
+    deepseek,
+    deepseek_v4,
+    gemma,
+    gemma4,
+    gpt_oss,
+    llama,
+    llama4,
+    mixtral,
+    olmo,
+    qwen,
+    qwen_hybrid,
+)
 
 
 def supported_architectures() -> list[str]:
     """Every value of `architectures` in `config.json` that some family covers."""
-    return sorted(name for family in _FAMILIES for name in family.ARCHITECTURES)
+    return sorted(name for family in FAMILIES for name in family.ARCHITECTURES)
 
 
-def recognize(config: Mapping[str, Any], model_name: str | None = None, rope_type: str | None = None) -> Model:
+def recognize(config: Mapping[str, Any], options: ModelOptions = ModelOptions()) -> Model:  # noqa: B008  It is frozen.
     """The model that a `config.json` describes.
 
     Args:
         config: The parsed `config.json`.
-        model_name: MaxText's name of the model, if the user gave one.
-        rope_type: MaxText's rotary embedding that the model will run with, if the user gave one.
+        options: What the user says about the model.
 
     Raises:
         UnsupportedArchitectureError: If no family covers the architecture.
@@ -36,10 +59,10 @@ def recognize(config: Mapping[str, Any], model_name: str | None = None, rope_typ
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         raise ConfigError(f"config.json: field 'architectures' is {architectures!r}; a list of names is expected.")
-    for family in _FAMILIES:
+    for family in FAMILIES:
         for architecture in architectures:
             if architecture in family.ARCHITECTURES:
-                model: Model = family.model(HfConfig(config), architecture, model_name, rope_type)
+                model: Model = family.model(HfConfig(config), architecture, options)
                 return model
     raise UnsupportedArchitectureError(
         f"config.json: architecture {', '.join(map(str, architectures)) or '(none given)'} is not supported. "

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+from slicecast.configs.families import blocks
 from slicecast.convert.mapping.hf_config import HfConfig
-from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Split, Transpose
-from slicecast.convert.mapping.rules import Ignore, Model, Rule, Stack
+from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale
+from slicecast.convert.mapping.rules import Ignore, Model, ModelOptions, stacked
+from slicecast.convert.mapping.table import RuleTable
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -14,20 +16,21 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 _INTERLEAVED = "llama3.1"
 
 
-def model(config: HfConfig, architecture: str, model_name: str | None, rope_type: str | None) -> Model:
+def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     """The rules for a Llama or Mistral checkpoint."""
     config.refuse("attention_bias", False, why="MaxText's Llama attention has no bias.")
     config.refuse("mlp_bias", False, why="MaxText's Llama MLP has no bias.")
-    interleaved, note = _rotates_neighbors(config, model_name, rope_type)
+    interleaved, note = _rotates_neighbors(config, options.model_name, options.rope_type)
+    table = _table(config, options, interleaved)
     return Model(
         family="llama",
         description=(
             f"{architecture}: {config.integer('num_hidden_layers')} layers, hidden {config.integer('hidden_size')}, "
             f"vocabulary {config.integer('vocab_size')}"
         ),
-        rules=tuple(_rules(config, interleaved)),
+        rules=table.rules,
         ignores=tuple(_ignores(config)),
-        notes=(f"rotary layout {note}",),
+        notes=(f"rotary layout {note}", *blocks.vocabulary_notes(table)),
     )
 
 
@@ -52,72 +55,26 @@ def _rotates_neighbors(config: HfConfig, model_name: str | None, rope_type: str 
     return False, note
 
 
-def _rules(c: HfConfig, interleaved: bool) -> Iterator[Rule]:
-    hidden, vocab, intermediate = c.integer("hidden_size"), c.integer("vocab_size"), c.integer("intermediate_size")
-    heads = c.integer("num_attention_heads")
-    kv_heads = c.integer("num_key_value_heads", heads)
-    head_dim = c.integer("head_dim", hidden // heads)
-    stack = Stack("layer", "layers", 0, c.integer("num_hidden_layers"))
-    stacks = (stack,)
-    rotary: tuple[Op, ...] = (InterleaveHalves(),) if interleaved else ()
-
-    yield Rule("model.embed_tokens.weight", (vocab, hidden), "token_embedder/embedding", (), ("vocab", "embed_vocab"))
-    yield Rule("model.norm.weight", (hidden,), "decoder/decoder_norm/scale", (), ("norm",))
+def _table(c: HfConfig, options: ModelOptions, interleaved: bool) -> RuleTable:
+    sizes = blocks.sizes(c, options, **blocks.heads(c), mlp=c.integer("intermediate_size"))
+    table = RuleTable(sizes)
+    blocks.embedding(table)
+    table.add("model.norm.weight", "norm", "decoder/decoder_norm/scale")
     # All of MaxText's Llama and Mistral models have a separate output layer, so tied weights are written twice.
-    head = "model.embed_tokens.weight" if c.flag("tie_word_embeddings", False) else "lm_head.weight"
-    yield Rule(head, (vocab, hidden), "decoder/logits_dense/kernel", (Transpose(),), ("embed_vocab", "vocab"))
-    source, target = "model.layers.{layer}", "decoder/{layers}"
-    for name, leaf in (
-        ("input_layernorm", "pre_self_attention_layer_norm"),
-        ("post_attention_layernorm", "post_self_attention_layer_norm"),
-    ):
-        yield Rule(f"{source}.{name}.weight", (hidden,), f"{target}/{leaf}/scale", (), ("norm",), stacks)
+    tied = c.flag("tie_word_embeddings", False)
+    blocks.output_layer(table, "model.embed_tokens.weight" if tied else "lm_head.weight")
+    layer = table.within("model.layers.{layer}", "decoder/{layers}", stacked("layers", c.integer("num_hidden_layers")))
+    layer.add("input_layernorm.weight", "norm", "pre_self_attention_layer_norm/scale")
+    layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")
+    rotary: tuple[Op, ...] = (InterleaveHalves(),) if interleaved else ()
     # MaxText does not scale the attention logits: its checkpoints hold queries multiplied by 1 / sqrt(head_dim).
-    yield Rule(
-        f"{source}.self_attn.q_proj.weight",
-        (heads * head_dim, hidden),
-        f"{target}/self_attention/query/kernel",
-        (Transpose(), Split(1, (heads, head_dim)), *rotary, Scale(head_dim**-0.5)),
-        ("embed_attn", "q_heads", "kv"),
-        stacks,
-    )
-    for name, leaf, extra in (("k_proj", "key", rotary), ("v_proj", "value", ())):
-        yield Rule(
-            f"{source}.self_attn.{name}.weight",
-            (kv_heads * head_dim, hidden),
-            f"{target}/self_attention/{leaf}/kernel",
-            (Transpose(), Split(1, (kv_heads, head_dim)), *extra),
-            ("embed_attn", "kv_heads", "kv_head_dim"),
-            stacks,
-        )
-    yield Rule(
-        f"{source}.self_attn.o_proj.weight",
-        (hidden, heads * head_dim),
-        f"{target}/self_attention/out/kernel",
-        (Transpose(), Split(0, (heads, head_dim))),
-        ("heads", "kv", "embed_attn"),
-        stacks,
-    )
-    for name, leaf in (("gate_proj", "wi_0"), ("up_proj", "wi_1")):
-        yield Rule(
-            f"{source}.mlp.{name}.weight",
-            (intermediate, hidden),
-            f"{target}/mlp/{leaf}/kernel",
-            (Transpose(),),
-            ("embed", "mlp"),
-            stacks,
-        )
-    yield Rule(
-        f"{source}.mlp.down_proj.weight",
-        (hidden, intermediate),
-        f"{target}/mlp/wo/kernel",
-        (Transpose(),),
-        ("mlp", "embed"),
-        stacks,
-    )
+    query = (*rotary, Scale(sizes["kv"] ** -0.5))
+    blocks.attention(layer.within("self_attn", "self_attention"), query=query, key=rotary)
+    blocks.mlp(layer.within("mlp", "mlp"))
+    return table
 
 
 def _ignores(c: HfConfig) -> Iterator[Ignore]:
-    yield Ignore(r".*\.rotary_emb\.inv_freq", "rotary frequencies are computed from the config")
+    yield blocks.ROTARY_FREQUENCIES
     if c.flag("tie_word_embeddings", False):
         yield Ignore(r"lm_head\.weight", "config.json ties the output layer to the embedding")

@@ -56,7 +56,9 @@ class Part:
     def indices(self, start: int, stop: int) -> tuple[int, int]:
         """The range of indices on `axis` that covers the rows `start` to `stop`."""
         if self.per_row == 1:
-            return start, stop
+            # A tensor may have fewer rows than the model: the others are zeros.
+            size = stop if self.axis is None else self.shape[self.axis]
+            return min(start, size), min(stop, size)
         indices, rows = self.per_row.as_integer_ratio()
         return start * indices // rows, -(-stop * indices // rows)
 

@@ -1,4 +1,4 @@
-"""Tensors that are stored as ordinary floating point numbers."""
+"""Tensors that are stored as ordinary numbers."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,11 @@ import numpy as np
 
 from slicecast.convert.box import Shape
 from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor, ValuesCodec
-from slicecast.convert.errors import ShapeError
+from slicecast.convert.errors import ShapeError, UnsupportedFormatError
 from slicecast.convert.source.safetensors_header import TensorInfo
+
+# Stored whole numbers, as (header spelling, NumPy dtype).
+INTEGER_DTYPES: dict[str, np.dtype] = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,49 @@ class Plain(ValuesCodec):
         return self.dtype
 
     def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
-        """The stored array."""
-        return tuple(parts)
+        """The stored array, and rows of zeros where the model has more rows."""
+        (values,) = parts
+        missing = stop - start - len(values)
+        if missing == 0:
+            return (values,)
+        return (np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)]),)
 
     def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
         """The stored bytes."""
         return rows * math.prod(parts[0].shape[1:]) * parts[0].dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Integers(ValuesCodec):
+    """Whole numbers, which MaxText keeps as floating point numbers: tables of experts."""
+
+    changes_values: ClassVar[bool] = True
+
+    dtype: str
+
+    @property
+    def description(self) -> str:
+        """The dtype."""
+        return self.dtype
+
+    def prepare(self, parts: Sequence[np.ndarray], start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """The numbers as float32.
+
+        Raises:
+            UnsupportedFormatError: If float32 does not have one of them.
+        """
+        (numbers,) = parts
+        values = numbers.astype(np.float32)
+        changed = numbers[values.astype(numbers.dtype) != numbers]
+        if changed.size:
+            raise UnsupportedFormatError(
+                f"holds {changed[0]}, which float32 does not have; in MaxText it is a float32 array."
+            )
+        return (values,)
+
+    def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
+        """Their size as float32."""
+        return rows * math.prod(parts[0].shape[1:]) * np.dtype(np.float32).itemsize
 
 
 def stored(tensor: TensorInfo, shape: Shape) -> StoredTensor:
@@ -50,5 +90,8 @@ def stored(tensor: TensorInfo, shape: Shape) -> StoredTensor:
             f"{tensor.file}: tensor '{tensor.name}' has shape {list(tensor.shape)}, but config.json gives "
             f"{list(shape)}. Use the config.json that was published with the weights."
         )
+    if tensor.dtype in INTEGER_DTYPES:
+        dtype = INTEGER_DTYPES[tensor.dtype]
+        return StoredTensor(tensor.name, shape, Integers(dtype.name), (Part(tensor, dtype, shape),))
     dtype = FLOAT_DTYPES[tensor.dtype]
-    return StoredTensor(tensor.name, shape, Plain(dtype.name), (Part(tensor, dtype, shape),))
+    return StoredTensor(tensor.name, shape, Plain(dtype.name), (Part(tensor, dtype, tensor.shape),))

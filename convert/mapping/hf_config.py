@@ -51,6 +51,25 @@ class HfConfig:
             raise ConfigError(f"{self.where}: field '{name}' is {value!r}; an object is expected. {_REMEDY}")
         return HfConfig(value, f"{self.where}, {name}")
 
+    def require_section(self, name: str) -> "HfConfig":
+        """A nested object that must be there; `ConfigError` otherwise."""
+        section = self.section(name)
+        if section is None:
+            raise ConfigError(f"{self.where}: field '{name}' is missing; an object is expected. {_REMEDY}")
+        return section
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "HfConfig":
+        """The same fields, and others where they are absent or null."""
+        given = {name: value for name, value in self.values.items() if value is not None}
+        return HfConfig({**defaults, **given}, self.where)
+
+    def names(self, name: str, length: int) -> list[str]:
+        """A list of so many names; `ConfigError` otherwise."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or len(value) != length or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{self.where}: field '{name}' is {value!r}; {length} names are expected. {_REMEDY}")
+        return value
+
     def refuse(self, name: str, *accepted: object, why: str) -> None:
         """Raises `ConfigError` if a field is present with a value that the rules do not cover."""
         value = self.values.get(name)

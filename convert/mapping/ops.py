@@ -41,25 +41,73 @@ class Op(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Transpose:
-    """`target[i, o] = source[o, i]`: Hugging Face keeps `[out, in]`, MaxText `[in, out]`."""
+    """The axes in another order, as in `numpy.transpose`: target axis `a` is source axis `order[a]`.
+
+    By default `target[i, o] = source[o, i]`: Hugging Face keeps `[out, in]`, MaxText `[in, out]`.
+
+    Attributes:
+        order: The source axis of each target axis.
+    """
+
+    order: Shape = (1, 0)
 
     def shape(self, source: Shape) -> Shape:
-        """`[out, in]` to `[in, out]`."""
-        if len(source) != 2:
-            raise ValueError(f"Transpose needs two axes, not {list(source)}")
-        return source[::-1]
+        """The source's sizes in the new order."""
+        if sorted(self.order) != list(range(len(source))):
+            raise ValueError(f"axes {list(self.order)} are not those of {list(source)}")
+        return tuple(source[axis] for axis in self.order)
 
     def source_box(self, box: Box, source: Shape) -> Box:
-        """The box with its axes exchanged."""
-        return Box(box.start[::-1], box.stop[::-1])
+        """The box with its axes in the source's order."""
+        axes = _inverse(self.order)
+        return Box(tuple(box.start[axis] for axis in axes), tuple(box.stop[axis] for axis in axes))
 
     def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
         """The transposed array."""
-        return x.T
+        return jnp.transpose(x, self.order)
 
     def invert(self, source: Shape) -> "Transpose":
-        """Itself."""
-        return self
+        """The order that leads back."""
+        return Transpose(_inverse(self.order))
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A range of an axis: `target[..., i, ...] = source[..., start + i, ...]`.
+
+    Storage is read in rows, so only a range of the first axis is read alone; of others the whole axis is.
+
+    Attributes:
+        axis: The axis, counted from the front.
+        start: The first element taken.
+        stop: One past the last.
+    """
+
+    axis: int
+    start: int
+    stop: int
+
+    def shape(self, source: Shape) -> Shape:
+        """The source's shape with the range's length on `axis`."""
+        if not 0 <= self.start < self.stop <= source[self.axis]:
+            raise ValueError(f"axis {self.axis} of {list(source)} has no range {self.start}:{self.stop}")
+        return source[: self.axis] + (self.stop - self.start,) + source[self.axis + 1 :]
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """The box, moved by `start` on the first axis; on another one the box must span the range, and gets it all."""
+        if self.axis == 0:
+            return box.with_axis(0, box.start[0] + self.start, box.stop[0] + self.start)
+        if (box.start[self.axis], box.stop[self.axis]) != (0, self.stop - self.start):
+            raise ValueError(f"{box} cuts axis {self.axis} of {list(source)}, of which {self} is taken")
+        return box.with_axis(self.axis, 0, source[self.axis])
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The range; of the first axis nothing else is there."""
+        return x if self.axis == 0 else jax.lax.slice_in_dim(x, self.start, self.stop, axis=self.axis)
+
+    def invert(self, source: Shape) -> Op:
+        """None: the rest of the axis is not in the target."""
+        raise ValueError(f"{self} leaves elements of {list(source)} out, so nothing undoes it alone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +308,42 @@ class Scale:
     def invert(self, source: Shape) -> "Scale":
         """Division as a multiplication; exact only where the factor is a power of two."""
         return Scale(1.0 / self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """`target = source + term`, in float32 whatever the source's dtype; the one rounding comes at the end.
+
+    Attributes:
+        term: The summand; it is used as a float32.
+    """
+
+    term: float
+
+    def shape(self, source: Shape) -> Shape:
+        """Unchanged."""
+        return source
+
+    def source_box(self, box: Box, source: Shape) -> Box:
+        """Unchanged."""
+        return box
+
+    def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The sum as float32."""
+        moved: jax.Array = x.astype(jnp.float32) + jnp.float32(self.term)
+        return moved
+
+    def invert(self, source: Shape) -> "Offset":
+        """Subtraction; exact where the sum was."""
+        return Offset(-self.term)
+
+
+# Ops that compute with values; all others only move them.
+COMPUTING = (Scale, Offset)
+
+
+def _inverse(order: Shape) -> Shape:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _whole_last_axis(box: Box, source: Shape) -> Box:

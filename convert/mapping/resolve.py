@@ -1,14 +1,14 @@
 """Matches a model's rules with a checkpoint's tensors: every source tensor is used once, or ignored with a reason."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from slicecast.convert.box import Box, Shape
-from slicecast.convert.codecs import detect
+from slicecast.convert.codecs import constant, detect, joined, plain
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
-from slicecast.convert.errors import PlanErrors, SlicecastError, UnusedTensorError
-from slicecast.convert.mapping.rules import Model
+from slicecast.convert.errors import PlanErrors, SlicecastError, UnsupportedFormatError, UnusedTensorError
+from slicecast.convert.mapping.rules import Constant, Join, Model, Rule
 from slicecast.convert.mapping.target import Layout, Leaf, leaves
 from slicecast.convert.source.checkpoint import Checkpoint
 
@@ -57,16 +57,16 @@ def resolve(
     resolved = []
     used: set[str] = set()
     failed: set[str] = set()
+    spelling = _spelling(model, checkpoint)
     for rule in model.rules:
         for leaf in leaves(rule, layout):
             sources = {}
             for coordinate in leaf.coordinates(Box.whole(leaf.shape)):
-                name = leaf.source(coordinate)
                 try:
-                    stored = detect.find(name, rule.shape, checkpoint.tensors, quantization)
+                    stored = _find(leaf, coordinate, checkpoint, spelling, quantization)
                 except SlicecastError as error:
                     errors.append(error)
-                    failed.add(_module(name))
+                    failed.update(_module(_spelled(name, spelling)) for name in _names(leaf, coordinate))
                 else:
                     used.update(stored.names)
                     sources[coordinate] = stored
@@ -75,6 +75,73 @@ def resolve(
     if errors or unused:
         raise PlanErrors(_abridge(errors + unused))
     return resolved, ignored
+
+
+def _spelling(model: Model, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """How this checkpoint spells the prefixes of names: the first way that gives a tensor that is there."""
+    first = next(name for rule in model.rules for name in _patterns(rule))
+    for spelling in ({}, *model.spellings):
+        name = _spelled(first, spelling)
+        if any(other == name or other.startswith(f"{_module(name)}.") for other in checkpoint.tensors):
+            return spelling
+    return {}
+
+
+def _spelled(name: str, spelling: Mapping[str, str]) -> str:
+    """A name of the rules as the checkpoint spells it; the longest prefix counts."""
+    for prefix in sorted(spelling, key=len, reverse=True):
+        if name.startswith(prefix):
+            return spelling[prefix] + name.removeprefix(prefix)
+    return name
+
+
+def _patterns(rule: Rule) -> list[str]:
+    """The names of the tensors that a rule reads, with placeholders."""
+    match rule.source:
+        case Join(members):
+            return [name for name, _ in members]
+        case Constant():
+            return []
+        case name:
+            return [name]
+
+
+def _names(leaf: Leaf, coordinate: Shape) -> list[str]:
+    return [leaf.source(name, coordinate) for name in _patterns(leaf.rule)]
+
+
+def _find(
+    leaf: Leaf,
+    coordinate: Shape,
+    checkpoint: Checkpoint,
+    spelling: Mapping[str, str],
+    quantization: QuantizationConfig | None,
+) -> StoredTensor:
+    """How the checkpoint stores the source tensor at a stack coordinate of a leaf."""
+    rule = leaf.rule
+
+    def find(name: str, shape: Shape) -> StoredTensor:
+        name = _spelled(leaf.source(name, coordinate), spelling)
+        tensor = checkpoint.tensors.get(name)
+        if tensor is not None and tensor.dtype in plain.INTEGER_DTYPES and rule.dtype == "float32":
+            return plain.stored(tensor, shape)
+        return detect.find(name, shape, checkpoint.tensors, quantization)
+
+    match rule.source:
+        case Constant(value):
+            return constant.stored(leaf.path, rule.shape, value)
+        case Join(members, takes, groups):
+            return joined.stored(leaf.path, rule.shape, [find(*member) for member in members], takes, groups)
+        case name:
+            if rule.stored_rows is None:
+                return find(name, rule.shape)
+            stored = find(name, (rule.stored_rows, *rule.shape[1:]))
+            if not isinstance(stored.codec, plain.Plain):
+                raise UnsupportedFormatError(
+                    f"tensor '{stored.name}' is stored as {stored.codec.description}, with {rule.stored_rows} rows; "
+                    f"MaxText has {rule.shape[0]}, and rows are added or left out only where values are plain numbers."
+                )
+            return replace(stored, shape=rule.shape)
 
 
 def _module(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.mapping import ops
-from slicecast.convert.mapping.rules import Rule, Stack
+from slicecast.convert.mapping.rules import Rule
 
 _T = TypeVar("_T")
 
@@ -37,6 +37,23 @@ class Layout:
     save_dtype: str = "bfloat16"
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """An axis of a leaf along which equal tensors are stacked.
+
+    Attributes:
+        placeholder: What it counts in source names: `layer` or `expert`.
+        axis: MaxText's logical name of the axis.
+        size: How many tensors are stacked.
+        step: The distance between the numbers of neighbors in source names.
+    """
+
+    placeholder: str
+    axis: str
+    size: int
+    step: int = 1
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One array of the target tree.
@@ -46,14 +63,14 @@ class Leaf:
         rule: The rule whose tensors it holds.
         dtype: The dtype on disk.
         stacked: The stacked axes, as (position in the leaf, stack), positions ascending.
-        fixed: Source indices of the stacks that are part of the path instead, as (placeholder, index).
+        layer: The number of the first layer, or of the only one, in source names; None outside of layers.
     """
 
     path: str
     rule: Rule
     dtype: str
     stacked: tuple[tuple[int, Stack], ...]
-    fixed: tuple[tuple[str, int], ...]
+    layer: int | None
 
     @property
     def name(self) -> str:
@@ -96,12 +113,12 @@ class Leaf:
             index[axis] = position - box.start[axis]
         return tuple(index)
 
-    def source(self, coordinate: Shape) -> str:
-        """The name of the source tensor at a stack coordinate."""
-        indices = dict(self.fixed)
+    def source(self, name: str, coordinate: Shape) -> str:
+        """A name with placeholders, such as that of the rule's source, for the tensor at a stack coordinate."""
+        numbers = {"layer": self.layer or 0, "expert": 0}
         for index, (_, stack) in zip(coordinate, self.stacked, strict=True):
-            indices[stack.placeholder] = stack.source_index(index)
-        return self.rule.source.format(**indices)
+            numbers[stack.placeholder] += index * stack.step
+        return name.format(**numbers)
 
     def _with_stacked(self, element: Sequence[_T], stacked: Sequence[_T]) -> tuple[_T, ...]:
         values = list(element)
@@ -112,26 +129,22 @@ class Leaf:
 
 def leaves(rule: Rule, layout: Layout) -> list[Leaf]:
     """The leaves that a rule's tensors become: one if its layers are stacked, else one for each layer."""
-    always = [stack for stack in rule.stacks if stack.always]
-    layers = [stack for stack in rule.stacks if not stack.always]
-    rank = len(rule.axes) + len(always)
-    scan_axis = layout.param_scan_axis if rule.scan_axis is None else rule.scan_axis
+    experts = [] if rule.experts is None else [Stack("expert", "exp", rule.experts)]
     dtype = rule.dtype or layout.save_dtype
+    layers = rule.layers
+    if layers is None:
+        return [Leaf(f"{ROOT}/{rule.target}", rule, dtype, tuple(enumerate(experts)), None)]
     if layout.scan_layers:
-        stacked = [(0, stack) for stack in always]
-        for stack in layers:
-            position = min(scan_axis, rank)
-            stacked = [(at + (at >= position), other) for at, other in stacked] + [(position, stack)]
-        path = rule.target.format(**{stack.axis: stack.scanned_path for stack in layers})
-        return [Leaf(f"{ROOT}/{path}", rule, dtype, tuple(sorted(stacked, key=lambda item: item[0])), ())]
-    stacked = [(0, stack) for stack in always]
-    return [
-        Leaf(
-            f"{ROOT}/{rule.target.format(**{s.axis: s.unscanned_path(i) for s, i in zip(layers, index, strict=True)})}",
-            rule,
-            dtype,
-            tuple(stacked),
-            tuple((stack.placeholder, stack.source_index(i)) for stack, i in zip(layers, index, strict=True)),
-        )
-        for index in itertools.product(*(range(stack.size) for stack in layers))
-    ]
+        stacks = [Stack("layer", axis.name, axis.size, axis.step) for axis in layers.axes]
+        scan_axis = layout.param_scan_axis if rule.scan_axis is None else rule.scan_axis
+        first = min(scan_axis, len(rule.axes) + len(experts))
+        stacked = [(first + index, stack) for index, stack in enumerate(stacks)]
+        stacked += [(len(stacks) if first == 0 else 0, stack) for stack in experts]
+        path = rule.target.format(layers=layers.scanned)
+        return [Leaf(f"{ROOT}/{path}", rule, dtype, tuple(sorted(stacked, key=lambda item: item[0])), layers.start)]
+    found = []
+    for index, steps in enumerate(itertools.product(*(range(axis.size) for axis in layers.axes))):
+        layer = layers.start + sum(step * axis.step for step, axis in zip(steps, layers.axes, strict=True))
+        path = rule.target.format(layers=layers.unscanned.format(layer=layer, index=index))
+        found.append(Leaf(f"{ROOT}/{path}", rule, dtype, tuple(enumerate(experts)), layer))
+    return found

@@ -1,0 +1,109 @@
+"""What many families have in common: sizes by MaxText's axis names, embeddings, attention, and feed-forward blocks."""
+
+from collections.abc import Iterator
+
+from slicecast.convert.mapping.hf_config import HfConfig
+from slicecast.convert.mapping.ops import Op
+from slicecast.convert.mapping.rules import Ignore, ModelOptions
+from slicecast.convert.mapping.table import RuleTable
+
+# MaxText's logical names of axes that are all as long as the hidden state.
+_HIDDEN = ("norm", "embed", "embed_attn", "embed_vocab", "embed_moe", "embed_router", "activation_embed")
+
+ROTARY_FREQUENCIES = Ignore(r".*\.rotary_emb\.(original_)?inv_freq", "rotary frequencies are computed from the config")
+
+
+def sizes(c: HfConfig, options: ModelOptions, **more: int) -> dict[str, int]:
+    """Sizes by axis name: of the hidden state, of the vocabulary, and others.
+
+    `vocab` is the model's vocabulary and `tokens` the checkpoint's, which may differ.
+    """
+    tokens = c.integer("vocab_size")
+    hidden = dict.fromkeys(_HIDDEN, c.integer("hidden_size"))
+    return {**hidden, "tokens": tokens, "vocab": options.vocab_size or tokens, **more}
+
+
+def heads(c: HfConfig) -> dict[str, int]:
+    """Sizes of grouped-query attention by axis name."""
+    q_heads = c.integer("num_attention_heads")
+    head_dim = c.integer("head_dim", c.integer("hidden_size") // q_heads)
+    return {
+        "q_heads": q_heads,
+        "heads": q_heads,
+        "kv_heads": c.integer("num_key_value_heads", q_heads),
+        "kv": head_dim,
+        "kv_head_dim": head_dim,
+    }
+
+
+def vocabulary_notes(table: RuleTable) -> Iterator[str]:
+    """A note if the model's vocabulary is not the checkpoint's."""
+    tokens, vocab = table.sizes["tokens"], table.sizes["vocab"]
+    if vocab > tokens:
+        yield f"MaxText's model has {vocab} tokens, the checkpoint {tokens}: rows of zeros are added to the embedding"
+    elif vocab < tokens:
+        yield f"MaxText's model has {vocab} tokens, the checkpoint {tokens}: the embedding's last rows are left out"
+
+
+def embedding(table: RuleTable, name: str = "model.embed_tokens.weight", *ops: Op, **options: str) -> None:
+    """The token embedding."""
+    table.add(name, "vocab~tokens embed_vocab", "token_embedder/embedding", *ops, **options)
+
+
+def output_layer(table: RuleTable, name: str = "lm_head.weight") -> None:
+    """An output layer of its own."""
+    table.add(name, "vocab~tokens embed_vocab -> embed_vocab vocab", "decoder/logits_dense/kernel")
+
+
+def attention(
+    table: RuleTable,
+    *,
+    query: tuple[Op, ...] = (),
+    key: tuple[Op, ...] = (),
+    biases: bool = False,
+    keys: bool = True,
+    values: bool = True,
+) -> None:
+    """The projections of grouped-query attention.
+
+    Args:
+        table: Within the attention of a layer; it has the sizes `q_heads`, `kv_heads`, `kv` and `kv_head_dim`.
+        query: What is done to queries, `[embed, heads, head_dim]`.
+        key: What is done to keys.
+        biases: Whether queries, keys and values have biases.
+        keys: Whether there are keys; otherwise those of another layer are used.
+        values: Whether there are values; otherwise those of another layer are used, or the keys.
+    """
+    projections = [("q_proj", "query", "q_heads kv", query)]
+    if keys:
+        projections.append(("k_proj", "key", "kv_heads kv_head_dim", key))
+    if values:
+        projections.append(("v_proj", "value", "kv_heads kv_head_dim", ()))
+    for name, leaf, axes, ops in projections:
+        table.add(f"{name}.weight", f"({axes}) embed_attn -> embed_attn {axes}", f"{leaf}/kernel", *ops)
+        if biases:
+            table.add(f"{name}.bias", f"({axes})", f"{leaf}/bias")
+    table.add("o_proj.weight", "embed_attn (heads kv) -> heads kv embed_attn", "out/kernel")
+
+
+def mlp(table: RuleTable, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> None:
+    """A gated feed-forward block: the names of its gate, up and down projections; the size is `mlp`."""
+    gate, up, down = names
+    table.add(f"{gate}.weight", "mlp embed -> embed mlp", "wi_0/kernel")
+    table.add(f"{up}.weight", "mlp embed -> embed mlp", "wi_1/kernel")
+    table.add(f"{down}.weight", "embed mlp -> mlp embed", "wo/kernel")
+
+
+def experts(table: RuleTable, count: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> None:
+    """Experts that are tensors of their own, `{expert}` in the table's source; the size is `mlp_moe`."""
+    gate, up, down = names
+    table.add(f"{gate}.weight", "mlp_moe embed_moe -> embed_moe mlp_moe", "wi_0", experts=count)
+    table.add(f"{up}.weight", "mlp_moe embed_moe -> embed_moe mlp_moe", "wi_1", experts=count)
+    table.add(f"{down}.weight", "embed_moe mlp_moe -> mlp_moe embed_moe", "wo", experts=count)
+
+
+def fused_experts(table: RuleTable) -> None:
+    """Experts that are one tensor, rows `[out, in]`, the gate's before the up projection's; the size is `exp`."""
+    for half, leaf in enumerate(("wi_0", "wi_1")):
+        table.add("gate_up_proj", f"exp ({half}/2 mlp_moe) embed_moe -> exp embed_moe mlp_moe", leaf)
+    table.add("down_proj", "exp embed_moe mlp_moe -> exp mlp_moe embed_moe", "wo")

@@ -1,0 +1,68 @@
+"""Meta's Llama 4, Scout and Maverick: layers with experts, alone or in turns with dense ones."""
+
+from slicecast.configs.families import blocks
+from slicecast.convert.errors import ConfigError
+from slicecast.convert.mapping.hf_config import HfConfig
+from slicecast.convert.mapping.rules import Ignore, Model, ModelOptions, cycle
+from slicecast.convert.mapping.table import RuleTable
+
+_MULTIMODAL = "Llama4ForConditionalGeneration"
+ARCHITECTURES = (_MULTIMODAL, "Llama4ForCausalLM")
+
+# Every fourth layer has no rotary embedding; MaxText scans over the cycle.
+_CYCLE = 4
+
+
+def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
+    """The rules for a Llama 4 checkpoint."""
+    c = config.section("text_config") or config
+    prefix = "language_model." if architecture == _MULTIMODAL else ""
+    layers, experts, step = (
+        c.integer("num_hidden_layers"), c.integer("num_local_experts"), c.integer("interleave_moe_layer_step")
+    )  # fmt: skip
+    if layers % _CYCLE or _CYCLE % step:
+        raise ConfigError(
+            f"{c.where}: {layers} layers with experts in every layer of {step} are not supported: MaxText's Llama 4 is "
+            f"made of cycles of {_CYCLE} layers."
+        )
+    c.refuse("attention_bias", False, why="MaxText's Llama attention has no bias.")
+    c.refuse("tie_word_embeddings", False, why="MaxText's Llama 4 has an output layer of its own.")
+    sizes = blocks.sizes(
+        c, options, **blocks.heads(c), mlp_moe=c.integer("intermediate_size"), mlp=c.integer("intermediate_size"),
+        exp=experts, dense=c.integer("intermediate_size_mlp", c.integer("intermediate_size")),
+    )  # fmt: skip
+    table = RuleTable(sizes)
+    blocks.embedding(table, f"{prefix}model.embed_tokens.weight")
+    table.add(f"{prefix}model.norm.weight", "norm", "decoder/decoder_norm/scale")
+    blocks.output_layer(table, f"{prefix}lm_head.weight")
+    for place, kind in enumerate(cycle(layers, _CYCLE, "layers/layers_{}")):
+        layer = table.within(f"{prefix}model.layers.{{layer}}", "decoder/{layers}", kind)
+        layer.add("input_layernorm.weight", "norm", "pre_self_attention_layer_norm/scale")
+        layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")
+        blocks.attention(layer.within("self_attn", "self_attention"))
+        if (place + 1) % step:
+            blocks.mlp(layer.within("feed_forward", "mlp", mlp=sizes["dense"]))
+        else:
+            _experts(layer.within("feed_forward", "Llama4MoEBlock_0"))
+    return Model(
+        family="llama4",
+        description=(
+            f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
+            f"vocabulary {c.integer('vocab_size')}"
+        ),
+        rules=table.rules,
+        ignores=(
+            blocks.ROTARY_FREQUENCIES,
+            Ignore(r"(vision_model|multi_modal_projector)\..*", "the vision tower is not converted"),
+        ),
+        notes=tuple(blocks.vocabulary_notes(table)),
+    )
+
+
+def _experts(table: RuleTable) -> None:
+    table.add("router.weight", ":exp embed_router -> embed_router :exp", "MoeBlock_0/gate/kernel")
+    # All experts of a layer are one tensor, in the order that MaxText has.
+    for half, leaf in enumerate(("wi_0", "wi_1")):
+        table.add("experts.gate_up_proj", f"exp embed_moe ({half}/2 mlp_moe)", f"MoeBlock_0/{leaf}")
+    table.add("experts.down_proj", "exp mlp_moe embed_moe", "MoeBlock_0/wo")
+    blocks.mlp(table.within("shared_expert", "shared_experts"))

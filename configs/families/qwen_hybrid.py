@@ -1,0 +1,149 @@
+"""Qwen 3-Next and Qwen 3.5: three layers of gated linear attention, then one of gated softmax attention, in turns."""
+
+from slicecast.configs.families import blocks
+from slicecast.convert.errors import ConfigError
+from slicecast.convert.mapping.hf_config import HfConfig
+from slicecast.convert.mapping.rules import Ignore, LayerAxis, Layers, Model, ModelOptions, cycle
+from slicecast.convert.mapping.table import RuleTable
+
+_NEXT = "Qwen3NextForCausalLM"
+_MULTIMODAL = "Qwen3_5MoeForConditionalGeneration"
+ARCHITECTURES = (_NEXT, _MULTIMODAL, "Qwen3_5MoeForCausalLM")
+
+# The last layer of each cycle attends with softmax.
+_CYCLE = 4
+
+
+def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
+    """The rules for a Qwen 3-Next or Qwen 3.5 checkpoint."""
+    c = config.section("text_config") or config
+    prefix = "model.language_model" if architecture == _MULTIMODAL else "model"
+    layers, experts = c.integer("num_hidden_layers"), c.integer("num_experts")
+    if layers % _CYCLE:
+        raise ConfigError(
+            f"{c.where}: field 'num_hidden_layers' is {layers}, which is not supported: MaxText's model is made of "
+            f"cycles of {_CYCLE} layers."
+        )
+    kinds = ["linear_attention"] * (_CYCLE - 1) + ["full_attention"]
+    c.refuse("layer_types", kinds * (layers // _CYCLE), why=f"MaxText repeats {', '.join(kinds)}.")
+    c.refuse("full_attention_interval", _CYCLE, why=f"in MaxText every layer of {_CYCLE} has full attention.")
+    c.refuse("attention_bias", False, why="MaxText's attention has no bias.")
+    c.refuse("mlp_only_layers", [], why="MaxText has an expert block in every layer.")
+    c.refuse("decoder_sparse_step", 1, why="MaxText has an expert block in every layer.")
+    c.refuse("tie_word_embeddings", False, why="MaxText's model has an output layer of its own.")
+    table = RuleTable(_sizes(c, options))
+    blocks.embedding(table, f"{prefix}.embed_tokens.weight")
+    table.add(f"{prefix}.norm.weight", "norm", "decoder/decoder_norm/scale")
+    blocks.output_layer(table)
+    for kind in _kinds(layers, nested=architecture == _NEXT):
+        layer = table.within(f"{prefix}.layers.{{layer}}", "decoder/{layers}", kind)
+        layer.add("input_layernorm.weight", ":hidden", "input_layernorm/scale")
+        layer.add("post_attention_layernorm.weight", ":hidden", "post_attention_layernorm/scale")
+        if kind.start == _CYCLE - 1:
+            _softmax_attention(layer.within("self_attn", "attention/attention"))
+        else:
+            _linear_attention(c, layer.within("linear_attn", "attention"), joined=architecture == _NEXT)
+        _experts(layer.within("mlp", "mlp"), fused=architecture != _NEXT)
+    return Model(
+        family="qwen_hybrid",
+        description=(
+            f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
+            f"vocabulary {c.integer('vocab_size')}"
+        ),
+        rules=table.rules,
+        ignores=(
+            blocks.ROTARY_FREQUENCIES,
+            Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family"),
+            Ignore(r"model\.visual\..*", "the vision tower is not converted"),
+        ),
+        notes=tuple(blocks.vocabulary_notes(table)),
+    )
+
+
+def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
+    key_heads, value_heads = c.integer("linear_num_key_heads"), c.integer("linear_num_value_heads")
+    keys = key_heads * c.integer("linear_key_head_dim")
+    values = value_heads * c.integer("linear_value_head_dim")
+    heads = blocks.heads(c)
+    return blocks.sizes(
+        c,
+        options,
+        **heads,
+        hidden=c.integer("hidden_size"),
+        # A query comes with a gate of the same size.
+        query_and_gate=2 * heads["kv"],
+        attended=heads["q_heads"] * heads["kv"],
+        value_heads=value_heads,
+        head_value=c.integer("linear_value_head_dim"),
+        keys=keys,
+        values=values,
+        qkvz=2 * keys + 2 * values,
+        ba=2 * value_heads,
+        mixed=2 * keys + values,
+        convolution=c.integer("linear_conv_kernel_dim"),
+        exp=c.integer("num_experts"),
+        mlp=c.integer("shared_expert_intermediate_size"),
+        mlp_moe=c.integer("moe_intermediate_size"),
+    )
+
+
+def _kinds(layers: int, *, nested: bool) -> list[Layers]:
+    """MaxText scans over cycles; in Qwen 3-Next it scans over the three linear layers of each cycle too."""
+    if not nested:
+        return cycle(layers, _CYCLE, "layers/layer_{}")
+    repeats = LayerAxis("layers", layers // _CYCLE, _CYCLE)
+    return [
+        Layers(0, (repeats, LayerAxis("local_layers", _CYCLE - 1)), "layers/local_layers"),
+        Layers(_CYCLE - 1, (repeats,), "layers/global_layer"),
+    ]
+
+
+def _softmax_attention(table: RuleTable) -> None:
+    table.add(
+        "q_proj.weight",
+        "(q_heads kv:query_and_gate) embed_attn -> embed_attn q_heads kv:query_and_gate",
+        "query/kernel",
+    )
+    for name, leaf in (("k_proj", "key"), ("v_proj", "value")):
+        table.add(
+            f"{name}.weight", "(kv_heads kv_head_dim) embed_attn -> embed_attn kv_heads kv_head_dim", f"{leaf}/kernel"
+        )
+    table.add("o_proj.weight", "embed_attn mlp:attended -> mlp:attended embed_attn", "out/kernel")
+    table.add("q_norm.weight", ":kv", "query_norm/scale")
+    table.add("k_norm.weight", ":kv", "key_norm/scale")
+
+
+def _linear_attention(c: HfConfig, table: RuleTable, *, joined: bool) -> None:
+    sizes = table.sizes
+    qkvz = "gdn_head:qkvz embed_attn -> embed_attn gdn_head:qkvz"
+    ba = "gdn_head:ba embed_attn -> embed_attn gdn_head:ba"
+    if joined:
+        table.add("in_proj_qkvz.weight", qkvz, "in_proj_qkvz/kernel")
+        table.add("in_proj_ba.weight", ba, "in_proj_ba/kernel")
+    else:
+        # Qwen 3.5 has queries, keys and values of all heads one after the other, and gates in another tensor. MaxText
+        # has what belongs to a key head together, as Qwen 3-Next publishes it.
+        hidden, keys, values = sizes["hidden"], sizes["keys"], sizes["values"]
+        groups, mixed = c.integer("linear_num_key_heads"), sizes["mixed"]
+        takes = ((0, 0, keys), (0, keys, 2 * keys), (0, 2 * keys, mixed), (1, 0, values))
+        members = {"in_proj_qkv.weight": (mixed, hidden), "in_proj_z.weight": (values, hidden)}
+        table.add_join(members, takes, groups, qkvz, "in_proj_qkvz/kernel")
+        heads = sizes["value_heads"]
+        members = {"in_proj_b.weight": (heads, hidden), "in_proj_a.weight": (heads, hidden)}
+        table.add_join(members, ((0, 0, heads), (1, 0, heads)), groups, ba, "in_proj_ba/kernel")
+    table.add("conv1d.weight", ":mixed :1 :convolution -> :convolution :1 :mixed", "conv1d/kernel")
+    # How fast a state decays: exponents, of which bfloat16 would keep three digits.
+    table.add("A_log", ":value_heads", "A_log", dtype="float32")
+    table.add("dt_bias", ":value_heads", "dt_bias", dtype="float32")
+    table.add("norm.weight", ":head_value", "norm/rms_norm/scale")
+    table.add("out_proj.weight", "embed_attn gdn_head:values -> gdn_head:values embed_attn", "out_proj/kernel")
+
+
+def _experts(table: RuleTable, *, fused: bool) -> None:
+    table.add("gate.weight", ":exp embed -> embed :exp", "routed_experts/gate/kernel")
+    table.add("shared_expert_gate.weight", ":1 embed -> embed :1", "shared_expert_gate/kernel")
+    blocks.mlp(table.within("shared_expert", "shared_expert"))
+    if fused:
+        blocks.fused_experts(table.within("experts", "routed_experts"))
+    else:
+        blocks.experts(table.within("experts.{expert}", "routed_experts"), table.sizes["exp"])

@@ -1,0 +1,1 @@
+"""Placeholder for the SigLIP tower of Gemma 3."""
