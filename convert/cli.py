@@ -285,8 +285,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="where the layer axis stands in a stacked leaf (default: 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--save_dtype", choices=("bfloat16", "float32"), default="bfloat16",
-        help="the dtype of the weights (default: bfloat16); a few small leaves are always float32, see docs/dtypes.md",
+        "--save_dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), default="bfloat16",
+        help="the dtype of the weights (default: bfloat16); a few small leaves are always float32, see docs/dtypes.md; "
+        "float8_e4m3fn keeps FP8 weights and their scales as they are, for MaxText's *-fp8 models",
     )  # fmt: skip
     parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
     parser.add_argument(

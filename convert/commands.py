@@ -106,7 +106,14 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
     quantization = quantization_config.read(checkpoint.config, checkpoint.side_configs)
     resolved, ignored = resolve.resolve(checkpoint, model, layout, quantization)
     if settings.model_name is not None and not settings.override_model_config:
-        maxtext.check(settings.model_name, layout, [item.leaf for item in resolved])
+        maxtext.check(
+            settings.model_name,
+            layout,
+            [item.leaf for item in resolved],
+            enable_mtp=settings.enable_mtp,
+            use_multimodal=settings.use_multimodal,
+            version=settings.maxtext_version or maxtext.VERSION,
+        )
     description = quantization.description if quantization else "not quantized"
     return plan.make(checkpoint, model, layout, description, resolved, ignored, machine)
 

@@ -63,6 +63,7 @@ def attention(
     biases: bool = False,
     keys: bool = True,
     values: bool = True,
+    names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
 ) -> None:
     """The projections of grouped-query attention.
 
@@ -73,17 +74,19 @@ def attention(
         biases: Whether queries, keys and values have biases.
         keys: Whether there are keys; otherwise those of another layer are used.
         values: Whether there are values; otherwise those of another layer are used, or the keys.
+        names: What the projections of queries, keys, values and of the result are called.
     """
-    projections = [("q_proj", "query", "q_heads kv", query)]
+    query_name, key_name, value_name, out_name = names
+    projections = [(query_name, "query", "q_heads kv", query)]
     if keys:
-        projections.append(("k_proj", "key", "kv_heads kv_head_dim", key))
+        projections.append((key_name, "key", "kv_heads kv_head_dim", key))
     if values:
-        projections.append(("v_proj", "value", "kv_heads kv_head_dim", ()))
+        projections.append((value_name, "value", "kv_heads kv_head_dim", ()))
     for name, leaf, axes, ops in projections:
         table.add(f"{name}.weight", f"({axes}) embed_attn -> embed_attn {axes}", f"{leaf}/kernel", *ops)
         if biases:
             table.add(f"{name}.bias", f"({axes})", f"{leaf}/bias")
-    table.add("o_proj.weight", "embed_attn (heads kv) -> heads kv embed_attn", "out/kernel")
+    table.add(f"{out_name}.weight", "embed_attn (heads kv) -> heads kv embed_attn", "out/kernel")
 
 
 def mlp(table: RuleTable, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> None:

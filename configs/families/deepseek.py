@@ -79,6 +79,8 @@ def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
         mlp_moe=intermediate,
         shared=intermediate * c.integer("n_shared_experts", 0, least=0),
         experts=c.integer("n_routed_experts"),
+        hidden=c.integer("hidden_size"),
+        both=2 * c.integer("hidden_size"),
     )
 
 
@@ -131,7 +133,7 @@ def _prediction(c: HfConfig, table: RuleTable, source: str, layers: int, archite
     mtp = table.within(source, "mtp_block/{layers}", alone)
     mtp.add("enorm.weight", "norm", "mtp_1_embedding_norm/scale")
     mtp.add("hnorm.weight", "norm", "mtp_1_hidden_state_norm/scale")
-    mtp.add("eh_proj.weight", "embed (concat_embed) -> concat_embed embed", "mtp_1_projection/kernel")
+    mtp.add("eh_proj.weight", ":hidden embed:both -> embed:both :hidden", "mtp_1_projection/kernel")
     mtp.add("shared_head.norm.weight", "norm", "mtp_1_final_norm/scale")
     layer = mtp.within("", "mtp_1_transformer_layer")
     _attention(c, layer, architecture)

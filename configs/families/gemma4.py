@@ -4,6 +4,8 @@ Layers with a sliding window take turns with one that attends to everything, whi
 as what they multiply with.
 """
 
+import re
+
 from slicecast.configs.families import blocks
 from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
@@ -52,6 +54,13 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
         rules=table.rules,
         ignores=(
             blocks.ROTARY_FREQUENCIES,
+            *(
+                Ignore(
+                    rf"{re.escape(prefix)}\.layers\.{layer}\.self_attn\.(k_proj|v_proj|k_norm)\.weight",
+                    "layers that use the keys and values of another layer have none of their own",
+                )
+                for layer in range(_first_shared(c, layers), layers)
+            ),
             Ignore(r"lm_head\.weight", "config.json ties the output layer to the embedding"),
             Ignore(r"model\.(vision_tower|embed_vision)\..*", "the vision tower is not converted"),
             Ignore(r"model\.(audio_tower|embed_audio)\..*", "MaxText's model does not hear"),

@@ -35,6 +35,8 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     blocks.embedding(table, f"{prefix}.embed_tokens.weight")
     table.add(f"{prefix}.norm.weight", "norm", "decoder/decoder_norm/scale")
     blocks.output_layer(table)
+    # Quantized checkpoints have the experts one by one.
+    quantized = "quantization_config" in config.values
     for kind in _kinds(layers, nested=architecture == _NEXT):
         layer = table.within(f"{prefix}.layers.{{layer}}", "decoder/{layers}", kind)
         layer.add("input_layernorm.weight", ":hidden", "input_layernorm/scale")
@@ -43,7 +45,7 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             _softmax_attention(layer.within("self_attn", "attention/attention"))
         else:
             _linear_attention(c, layer.within("linear_attn", "attention"), joined=architecture == _NEXT)
-        _experts(layer.within("mlp", "mlp"), fused=architecture != _NEXT)
+        _experts(layer.within("mlp", "mlp"), fused=architecture != _NEXT and not quantized)
     return Model(
         family="qwen_hybrid",
         description=(

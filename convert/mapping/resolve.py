@@ -8,8 +8,9 @@ from slicecast.convert.codecs import constant, detect, joined, plain
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.errors import PlanErrors, SlicecastError, UnsupportedFormatError, UnusedTensorError
+from slicecast.convert.mapping import fp8
 from slicecast.convert.mapping.rules import Constant, Join, Model, Rule
-from slicecast.convert.mapping.target import Layout, Leaf, leaves
+from slicecast.convert.mapping.target import FP8, Layout, Leaf, leaves
 from slicecast.convert.source.checkpoint import Checkpoint
 
 # Errors of one kind after which the rest are counted instead of listed: a missing shard file loses thousands of
@@ -70,7 +71,16 @@ def resolve(
                 else:
                     used.update(stored.names)
                     sources[coordinate] = stored
-            resolved.append(ResolvedLeaf(leaf, sources))
+            kept = None
+            if layout.save_dtype == FP8 and len(sources) == len(list(leaf.coordinates(Box.whole(leaf.shape)))):
+                try:
+                    kept = fp8.keep(leaf, sources)
+                except SlicecastError as error:
+                    errors.append(error)
+            if kept is None:
+                resolved.append(ResolvedLeaf(leaf, sources))
+            else:
+                resolved += map(ResolvedLeaf, kept.leaves, kept.sources)
     ignored, unused = _leftovers(checkpoint, model, used, failed)
     if errors or unused:
         raise PlanErrors(_abridge(errors + unused))

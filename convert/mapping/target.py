@@ -21,6 +21,9 @@ _T = TypeVar("_T")
 # MaxText keeps its parameters in the collection `params` of the item's `params`.
 ROOT = "params/params"
 
+# The dtype of weights that stay FP8.
+FP8 = "float8_e4m3fn"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -29,7 +32,8 @@ class Layout:
     Attributes:
         scan_layers: Whether layers are stacked into one leaf.
         param_scan_axis: The position of the layer axis in a stacked leaf.
-        save_dtype: The dtype of leaves whose rule names none: `bfloat16` or `float32`.
+        save_dtype: The dtype of leaves whose rule names none: `bfloat16` or `float32`; or `float8_e4m3fn`, which keeps
+            FP8 weights as they are, beside leaves in bfloat16.
     """
 
     scan_layers: bool
@@ -130,7 +134,7 @@ class Leaf:
 def leaves(rule: Rule, layout: Layout) -> list[Leaf]:
     """The leaves that a rule's tensors become: one if its layers are stacked, else one for each layer."""
     experts = [] if rule.experts is None else [Stack("expert", "exp", rule.experts)]
-    dtype = rule.dtype or layout.save_dtype
+    dtype = rule.dtype or (layout.save_dtype if layout.save_dtype != FP8 else "bfloat16")
     layers = rule.layers
     if layers is None:
         return [Leaf(f"{ROOT}/{rule.target}", rule, dtype, tuple(enumerate(experts)), None)]
