@@ -7,6 +7,7 @@ program and keeps the rest of the command.
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ Run the same command again to go on after an interruption. MaxText loads OUT/0/i
     "verify": """examples:
   slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6
   slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6 --requantize""",
+    "families": """examples:
+  slicecast families
+  slicecast families --json""",
     "formats": """examples:
   slicecast formats
   slicecast formats --json""",
@@ -80,6 +84,8 @@ def run() -> None:
     except UsageError as error:
         _print(error)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # Whoever read our output, such as `head`, has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse_for_absl(argv: Sequence[str]) -> argparse.Namespace:
@@ -93,9 +99,9 @@ def main(arguments: argparse.Namespace) -> int:
     logging.set_verbosity(logging.FATAL)
     try:
         _start_jax(arguments)
-        return {"convert": _convert, "plan": _plan, "verify": _verify, "formats": _formats}[arguments.command](
-            arguments
-        )
+        return {"convert": _convert, "plan": _plan, "verify": _verify, "formats": _formats, "families": _families}[
+            arguments.command
+        ](arguments)
     except (KeyboardInterrupt, StoppedError):
         print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
         exit_code = StoppedError.exit_code
@@ -157,6 +163,18 @@ def _formats(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _families(arguments: argparse.Namespace) -> int:
+    from slicecast.configs import maxtext
+    from slicecast.convert import describe
+
+    version = arguments.maxtext_version or maxtext.VERSION
+    if arguments.json:
+        print(json.dumps(describe.families_as_records(version), indent=2))
+    else:
+        print(describe.families_as_table(version))
+    return 0
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     known = {field.name for field in fields(Settings)}
     return Settings(**{name: value for name, value in vars(arguments).items() if name in known})
@@ -168,7 +186,7 @@ def _start_jax(arguments: argparse.Namespace) -> None:
     if simulated is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated)
-    if arguments.command in ("verify", "formats") or getattr(arguments, "slice", None) is not None:
+    if arguments.command in ("verify", "formats", "families") or getattr(arguments, "slice", None) is not None:
         # Nothing is computed on devices, so none need be taken from another program.
         jax.config.update("jax_platforms", "cpu")
     if arguments.command == "convert":
@@ -260,7 +278,11 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     formats = _command(commands, "formats", "list the formats of weights that convert")
     formats.add_argument("--json", action="store_true", help="print JSON")
-    return parser, {"convert": convert, "plan": plan, "verify": verify, "formats": formats}
+
+    families = _command(commands, "families", "list the model families that convert, and how each was checked")
+    families.add_argument("--json", action="store_true", help="print JSON")
+    families.add_argument("--maxtext_version", metavar="VERSION", help="the MaxText release whose models are listed")
+    return parser, {"convert": convert, "plan": plan, "verify": verify, "formats": formats, "families": families}
 
 
 def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:

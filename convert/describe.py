@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 
+from slicecast.configs import families, maxtext
 from slicecast.convert.codecs.formats import FORMATS
 from slicecast.convert.memory import GB
 from slicecast.convert.plan import Plan, PlannedLeaf
@@ -141,9 +142,54 @@ def _size(nbytes: int) -> str:
 
 def formats_as_table() -> str:
     """The supported formats as a Markdown table, which the README shows too."""
-    rows = [("format", "stored as", "decoded by", "for example"), ("---",) * 4]
-    rows += [(f.name, f.stored, f.decoder, f.models) for f in FORMATS]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _table(
+        ("format", "stored as", "decoded by", "for example"), [(f.name, f.stored, f.decoder, f.models) for f in FORMATS]
+    )
+
+
+def families_as_table(version: str) -> str:
+    """The families as a Markdown table, which the README shows too.
+
+    Args:
+        version: The MaxText release whose models are listed.
+    """
+    rows = [
+        (f["family"], ", ".join(f["models"]), f["layouts"], ", ".join(f["extras"]) or "-", ", ".join(f["compared"]))
+        for f in families_as_records(version)
+    ]
+    return _table(("family", f"models of MaxText {version}", "layers", "and", "compared"), rows)
+
+
+def families_as_records(version: str) -> list[dict[str, Any]]:
+    """The families, for scripts: what `config.json` says, MaxText's models, their layouts, and what was compared."""
+    records = []
+    # Prefixes overlap: the longest one tells which family a model belongs to.
+    prefixes = {prefix: family.title for family in families.FAMILIES for prefix in family.models}
+    for family in families.FAMILIES:
+        models = [
+            name
+            for name in maxtext.model_names(version)
+            if prefixes[max((p for p in prefixes if name.startswith(p)), key=len)] == family.title
+        ]
+        features = [maxtext.features(name, version) for name in models]
+        scanned = sum("scanned" in each for each in features)
+        extras = [name for name in ("multimodal", "mtp") if any(f"{name}_unscanned" in each for each in features)]
+        records.append(
+            {
+                "family": family.title,
+                "architectures": list(family.rules.ARCHITECTURES),
+                "models": models,
+                "layouts": "both" if scanned == len(models) else "both, or unscanned only" if scanned else "unscanned",
+                "extras": extras,
+                "compared": ["tree", *family.compared],
+            }
+        )
+    return records
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ("---",) * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def formats_as_json() -> str:

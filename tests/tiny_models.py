@@ -27,16 +27,20 @@ _ATTENTION: Config = {
     "vocab_size": 56,
 }
 _EXPERTS: Config = {"num_experts": 6, "moe_intermediate_size": 14}
-_GATED: Config = _ATTENTION | _EXPERTS | {
-    "num_hidden_layers": 8,
-    "shared_expert_intermediate_size": 18,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 5,
-    "linear_conv_kernel_dim": 3,
-    "tie_word_embeddings": False,
-}
+_GATED: Config = (
+    _ATTENTION
+    | _EXPERTS
+    | {
+        "num_hidden_layers": 8,
+        "shared_expert_intermediate_size": 18,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 5,
+        "linear_conv_kernel_dim": 3,
+        "tie_word_embeddings": False,
+    }
+)
 _VISION: Config = {
     "hidden_size": 12,
     "num_heads": 3,
@@ -191,6 +195,15 @@ CONFIGS: dict[str, Config] = {
 def model(name: str, options: ModelOptions = ModelOptions()) -> Model:  # noqa: B008  It is frozen.
     """What the family says about a tiny model."""
     return families.recognize(CONFIGS[name], options)
+
+
+# The layouts that MaxText has of each: the name, and whether layers are scanned.
+TREES = [
+    (name, scan_layers)
+    for name in CONFIGS
+    for scan_layers in (True, False)
+    if not (scan_layers and model(name).unscanned_only)
+]
 
 
 def tensors(model: Model, seed: int) -> dict[str, tuple[str, np.ndarray]]:

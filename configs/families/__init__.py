@@ -1,10 +1,11 @@
 """One module per model family: the rules that map Hugging Face tensors to MaxText leaves.
 
-To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, options)`, and name it in
-`FAMILIES`; docs/adding-a-family.md shows one. What families have in common is in `blocks.py`.
+To add a family, add a module with `ARCHITECTURES` and `model(config, architecture, options)`, and a line in `FAMILIES`;
+docs/adding-a-family.md shows one. What families have in common is in `blocks.py`.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -25,24 +26,46 @@ from slicecast.convert.errors import ConfigError, UnsupportedArchitectureError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Model, ModelOptions
 
-FAMILIES: tuple[ModuleType, ...] = (
-    deepseek,
-    deepseek_v4,
-    gemma,
-    gemma4,
-    gpt_oss,
-    llama,
-    llama4,
-    mixtral,
-    olmo,
-    qwen,
-    qwen_hybrid,
+
+@dataclass(frozen=True)
+class Family:
+    """A family, for the list of families.
+
+    Attributes:
+        title: Its models, as people call them.
+        rules: The module with its rules: `ARCHITECTURES`, and `model(config, architecture, options)`.
+        models: How MaxText's names of its models begin.
+        compared: What was compared with other programs on tiny models, in both layouts where there are two: `logits`
+            with those of transformers, `bits` with what MaxText's converter writes. Every model's tree is compared
+            with MaxText's.
+    """
+
+    title: str
+    rules: ModuleType
+    models: tuple[str, ...]
+    compared: tuple[str, ...]
+
+
+_BOTH = ("logits", "bits")
+
+FAMILIES = (
+    Family("DeepSeek V2, V3, R1, V3.1, V3.2; Kimi K2", deepseek, ("deepseek2-", "deepseek3", "kimi-"), _BOTH),
+    Family("DeepSeek V4", deepseek_v4, ("deepseek4-",), _BOTH),
+    Family("Gemma 1, 2, 3", gemma, ("gemma-", "gemma2-", "gemma3-"), _BOTH),
+    Family("Gemma 4", gemma4, ("gemma4-",), _BOTH),
+    Family("gpt-oss", gpt_oss, ("gpt-oss-",), _BOTH),
+    Family("Llama 2, 3, 3.1, 3.2, 3.3; Mistral", llama, ("llama2-", "llama3", "mistral-"), _BOTH),
+    Family("Llama 4", llama4, ("llama4-",), ("logits",)),
+    Family("Mixtral", mixtral, ("mixtral-",), _BOTH),
+    Family("OLMo 3", olmo, ("olmo3-",), _BOTH),
+    Family("Qwen 2.5, 3, 3-MoE, 3-VL, 3-Omni; Weaver", qwen, ("qwen2.5-", "qwen3-", "weaver-"), _BOTH),
+    Family("Qwen 3-Next, 3.5", qwen_hybrid, ("qwen3-next-", "qwen3.5-"), _BOTH),
 )
 
 
 def supported_architectures() -> list[str]:
     """Every value of `architectures` in `config.json` that some family covers."""
-    return sorted(name for family in FAMILIES for name in family.ARCHITECTURES)
+    return sorted(name for family in FAMILIES for name in family.rules.ARCHITECTURES)
 
 
 def recognize(config: Mapping[str, Any], options: ModelOptions = ModelOptions()) -> Model:  # noqa: B008  It is frozen.
@@ -61,8 +84,8 @@ def recognize(config: Mapping[str, Any], options: ModelOptions = ModelOptions())
         raise ConfigError(f"config.json: field 'architectures' is {architectures!r}; a list of names is expected.")
     for family in FAMILIES:
         for architecture in architectures:
-            if architecture in family.ARCHITECTURES:
-                model: Model = family.model(HfConfig(config), architecture, options)
+            if architecture in family.rules.ARCHITECTURES:
+                model: Model = family.rules.model(HfConfig(config), architecture, options)
                 return model
     raise UnsupportedArchitectureError(
         f"config.json: architecture {', '.join(map(str, architectures)) or '(none given)'} is not supported. "

@@ -15,7 +15,7 @@ from slicecast.configs.maxtext.snapshot import Refusal, TargetLeaf
 from slicecast.convert.errors import TargetError
 from slicecast.convert.mapping.target import ROOT, Layout, Leaf
 
-__all__ = ["VERSION", "TargetLeaf", "check", "model_names", "target_leaves", "versions"]
+__all__ = ["VERSION", "TargetLeaf", "check", "features", "model_names", "target_leaves", "versions"]
 
 # MaxText keeps the router's bias, and DeepSeek-V4's table from tokens to experts, in collections of their own. On disk
 # they belong to `params`: the one spelling that both of MaxText's loaders find.
@@ -47,6 +47,12 @@ def model_names(version: str = VERSION) -> list[str]:
             "Give one of these, or make them with scripts/snapshot_maxtext.py."
         )
     return sorted(file.name.removesuffix(".json") for file in _folder(version).iterdir())
+
+
+def features(model_name: str, version: str = VERSION) -> frozenset[str]:
+    """The layouts that MaxText has of a model; `multimodal_scanned` and the like are what comes on top of them."""
+    found = snapshot.loads((_folder(version) / f"{model_name}.json").read_text())
+    return frozenset(name for name, layout in found.layouts.items() if not isinstance(layout, Refusal))
 
 
 @functools.lru_cache(maxsize=8)

@@ -95,11 +95,15 @@ def stored(
     """The tensor that stored tensors make together.
 
     Raises:
-        ValueError: If the takes do not give this shape.
+        ValueError: If the takes do not give this shape, or the tensors do not have them.
     """
     lengths = [stop - start for _, start, stop in takes]
     if any(length % groups for length in lengths) or sum(lengths) != shape[0]:
         raise ValueError(f"{name}: {lengths} rows, taken in {groups} turns, do not make {list(shape)}")
+    if any(not 0 <= start < stop <= members[member].shape[0] for member, start, stop in takes):
+        raise ValueError(f"{name}: rows are taken that the tensors do not have: {takes}")
+    if any(member.shape[1:] != shape[1:] for member in members):
+        raise ValueError(f"{name}: the tensors' rows are not those of {list(shape)}")
     codec = Joined(
         codecs=tuple(member.codec for member in members),
         rows=tuple(member.shape[0] for member in members),

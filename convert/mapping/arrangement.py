@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slicecast.convert.box import Shape
-from slicecast.convert.mapping.ops import Op, Slice, Split, Stride, Transpose
+from slicecast.convert.mapping.ops import Op, Slice, Split, Stride, Transpose, target_shape
 
 Sizes = Mapping[str, int]
 
@@ -74,23 +74,29 @@ def parse(text: str, sizes: Sizes) -> Arrangement:
     Raises:
         ValueError: If it is not written as the module describes, or names a size that is not there.
     """
+    try:
+        return _parsed(text, sizes)
+    except ValueError as error:
+        raise ValueError(f"arrangement '{text}': {error}") from None
+
+
+def _parsed(text: str, sizes: Sizes) -> Arrangement:
     left, arrow, right = text.partition("->")
+    if _WORD.sub("", left).strip():
+        raise ValueError("parentheses do not match")
     source = [_stored(word, sizes, position) for position, word in enumerate(_WORD.findall(left))]
     groups = [item.axes for item in source]
     axes = {axis.label: axis for group in groups for axis in group}
     wanted = right.split() if arrow else list(axes)
-    if sorted(axes) != sorted(wanted) or len(axes) != sum(map(len, groups)):
-        raise ValueError(f"'{text}': the source's axes {list(axes)} are not the leaf's axes {wanted}, each once")
+    if not axes or sorted(axes) != sorted(wanted) or len(axes) != sum(map(len, groups)):
+        raise ValueError(f"the source's axes {list(axes)} are not the leaf's axes {wanted}, each once")
     target = [axes[label] for label in wanted]
     if any(item.stored_rows is not None for item in source[1:]):
-        raise ValueError(f"'{text}': only the first axis can have another length in the checkpoint")
-    taken = tuple(item.taken for item in source if item.taken is not None)
-    return Arrangement(
-        shape=tuple(item.length for item in source),
-        stored_rows=source[0].stored_rows,
-        ops=taken + _rearranged(groups, target),
-        axes=tuple(axis.name for axis in target),
-    )
+        raise ValueError("only the first axis can have another length in the checkpoint")
+    shape = tuple(item.length for item in source)
+    ops = tuple(item.taken for item in source if item.taken is not None) + _rearranged(groups, target)
+    target_shape(ops, shape)  # Refuses what is taken beyond the end of an axis.
+    return Arrangement(shape, source[0].stored_rows, ops, tuple(axis.name for axis in target))
 
 
 def _rearranged(source: Sequence[tuple[_Axis, ...]], target: Sequence[_Axis]) -> tuple[Op, ...]:
@@ -119,25 +125,29 @@ def _splits(groups: Sequence[Sequence[_Axis]]) -> list[Op]:
 
 
 def _stored(word: str, sizes: Sizes, position: int) -> _Stored:
-    words = word.strip("()").split()
-    first, last = words[0], words[-1]
-    axes = tuple(_axis(each, sizes) for each in words if not _PART.fullmatch(each) and not _RANGE.fullmatch(each))
+    words = word.strip("()").split() or [word]
+    block, elements = _PART.fullmatch(words[0]), _RANGE.fullmatch(words[0])
+    every = None if block else _PART.fullmatch(words[-1])
+    names = words[1:] if block or elements else words[:-1] if every else words
+    if not names:
+        raise ValueError(f"'{word}' holds no axis")
+    if "~" in word and len(words) > 1:
+        raise ValueError(f"'{word}': only an axis that stands alone can have another length in the checkpoint")
+    axes = tuple(_axis(name, sizes) for name in names)
     length = math.prod(axis.size for axis in axes)
-    if part := _PART.fullmatch(first):
-        index, count = int(part["index"]), int(part["count"])
+    if block:
+        index, count = int(block["index"]), int(block["count"])
         return _Stored(axes, length * count, Slice(position, index * length, (index + 1) * length))
-    if part := _PART.fullmatch(last):
-        return _Stored(axes, length * int(part["count"]), Stride(position, int(part["index"]), int(part["count"])))
-    if part := _RANGE.fullmatch(first):
-        start, stop = int(part["start"]), int(part["stop"])
+    if elements:
+        start, stop = int(elements["start"]), int(elements["stop"])
         if stop - start != length:
             raise ValueError(f"'{word}': the axes have {length} elements, and {stop - start} are taken")
-        return _Stored(axes, int(part["length"]), Slice(position, start, stop))
-    match = _AXIS.fullmatch(first)
-    if len(words) == 1 and match is not None and match["stored"] is not None:
-        rows = _size(match["stored"], sizes)
-        return _Stored(axes, length, stored_rows=None if rows == length else rows)
-    return _Stored(axes, length)
+        return _Stored(axes, int(elements["length"]), Slice(position, start, stop))
+    if every:
+        return _Stored(axes, length * int(every["count"]), Stride(position, int(every["index"]), int(every["count"])))
+    _, tilde, stored = names[0].partition("~")
+    rows = _size(stored, sizes) if tilde else length
+    return _Stored(axes, length, stored_rows=None if rows == length else rows)
 
 
 def _axis(word: str, sizes: Sizes) -> _Axis:

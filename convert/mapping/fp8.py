@@ -13,6 +13,7 @@ import numpy as np
 from slicecast.convert.box import Shape
 from slicecast.convert.codecs import joined, plain
 from slicecast.convert.codecs.base import FLOAT_DTYPES, Part, StoredTensor
+from slicecast.convert.codecs.constant import Constant
 from slicecast.convert.codecs.grouped import Grouped
 from slicecast.convert.codecs.joined import Joined
 from slicecast.convert.errors import UnsupportedFormatError
@@ -68,10 +69,12 @@ def _block(tensor: StoredTensor) -> int | None:
     if isinstance(codec, Joined):
         found = {_block(member) for member in joined.member_tensors(tensor)}
         return found.pop() if len(found) == 1 else 0
-    if not codec.changes_values:
+    if isinstance(codec, (plain.Plain, plain.Integers, Constant)):
         return None
-    square = isinstance(codec, Grouped) and codec.code == "e4m3" and codec.rows_per_scale == codec.group_size
-    return codec.group_size if square and isinstance(codec, Grouped) else 0
+    # Scales that are powers of two have bytes of their own, and several experts in one tensor an axis without blocks.
+    if not isinstance(codec, Grouped) or codec.scale_format != "float" or len(tensor.shape) != 2:
+        return 0
+    return codec.group_size if codec.code == "e4m3" and codec.rows_per_scale == codec.group_size else 0
 
 
 def _codes(tensor: StoredTensor) -> StoredTensor:
@@ -88,8 +91,13 @@ def _scales(tensor: StoredTensor, block: int) -> StoredTensor:
     shape = _blocks(tensor.shape, block, tensor.name)
     if isinstance(tensor.codec, Joined):
         members = [_scales(member, block) for member in joined.member_tensors(tensor)]
-        takes = tuple((member, start // block, stop // block) for member, start, stop in tensor.codec.takes)
-        return joined.stored(tensor.name, shape, members, takes, tensor.codec.groups)
+        groups = tensor.codec.groups
+        takes = []
+        for member, start, stop in tensor.codec.takes:
+            # What is taken in each turn must be whole blocks too.
+            first, share = _blocks((start, (stop - start) // groups), block, tensor.name)
+            takes.append((member, first, first + share * groups))
+        return joined.stored(tensor.name, shape, members, tuple(takes), groups)
     scale = tensor.parts[1].tensor
     dtype = FLOAT_DTYPES[scale.dtype]
     return StoredTensor(scale.name, shape, plain.Plain(dtype.name), (Part(scale, dtype, shape),))

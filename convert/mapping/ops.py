@@ -381,6 +381,23 @@ def apply(ops: Sequence[Op], x: jax.Array, shapes: Sequence[Shape]) -> jax.Array
     return x
 
 
+def taken(ops: Sequence[Op], source: Shape) -> tuple[tuple[slice, ...], tuple[Op, ...]]:
+    """What a chain takes of its source, as an index, and the ops that come after, which leave nothing out.
+
+    Together the rules of a tensor take all of it, so that it can be put together again from their leaves.
+    """
+    index = [slice(None)] * len(source)
+    for position, op in enumerate(ops):
+        match op:
+            case Slice(axis, start, stop):
+                index[axis] = slice(start, stop)
+            case Stride(axis, start, step):
+                index[axis] = slice(start, None, step)
+            case _:
+                return tuple(index), tuple(ops[position:])
+    return tuple(index), ()
+
+
 def invert(ops: Sequence[Op], source: Shape) -> tuple[Op, ...]:
     """The chain that undoes this one, for a source of this shape.
 

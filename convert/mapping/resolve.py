@@ -181,7 +181,7 @@ def _leftovers(
                 UnusedTensorError(
                     f"{tensor.file}: tensor '{name}' ({tensor.dtype}{list(tensor.shape)}) {cause} of the family "
                     f"'{model.family}'. Either config.json does not belong to these weights, or the model has a part "
-                    "that slicecast does not know."
+                    "that slicecast does not know. To leave it out, add --ignore_extra=REGEX."
                 )
             )
         else:
