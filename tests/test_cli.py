@@ -75,6 +75,7 @@ def test_what_a_plain_command_means() -> None:
         "scan_layers": True,
         "param_scan_axis": 1,
         "save_dtype": "bfloat16",
+        "enable_mtp": False,
         "override_model_config": False,
     }
 
