@@ -65,7 +65,9 @@ def rows(directory: str, tensor: StoredTensor, start: int, stop: int) -> Array:
             case Integers():
                 return _read_rows(directory, files[0], start, stop).astype(np.float32)
             case Plain():
-                return _plain(directory, files[0], start, stop)
+                values = _plain(directory, files[0], start, stop)
+                within = tensor.parts[0].within
+                return values if within is None else values[:, slice(*within)]
             case Joined():
                 return _joined(directory, codec, tensor)[start:stop]
             case Grouped():

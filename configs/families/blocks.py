@@ -1,11 +1,14 @@
 """What many families have in common: sizes by MaxText's axis names, embeddings, attention, and feed-forward blocks."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.ops import Op
 from slicecast.convert.mapping.rules import Ignore, ModelOptions
 from slicecast.convert.mapping.table import RuleTable
+
+ExpertsForm = Literal["separate", "fused", "fused, inputs first"]
 
 # MaxText's logical names of axes that are all as long as the hidden state.
 _HIDDEN = ("norm", "embed", "embed_attn", "embed_vocab", "embed_moe", "embed_router", "activation_embed")
@@ -110,3 +113,21 @@ def fused_experts(table: RuleTable) -> None:
     for half, leaf in enumerate(("wi_0", "wi_1")):
         table.add("gate_up_proj", f"exp ({half}/2 mlp_moe) embed_moe -> exp embed_moe mlp_moe", leaf)
     table.add("down_proj", "exp embed_moe mlp_moe -> exp mlp_moe embed_moe", "wo")
+
+
+def fused_experts_inputs_first(table: RuleTable) -> None:
+    """The same, `[in, out]`, as MaxText has them."""
+    for half, leaf in enumerate(("wi_0", "wi_1")):
+        table.add("gate_up_proj", f"exp embed_moe ({half}/2 mlp_moe)", leaf)
+    table.add("down_proj", "exp mlp_moe embed_moe", "wo")
+
+
+def experts_in_form(table: RuleTable, form: ExpertsForm) -> None:
+    """Experts in one of the forms in which a family's checkpoints have them, below `experts` of the table's source."""
+    match form:
+        case "separate":
+            experts(table.within("experts.{expert}", ""), table.sizes["exp"])
+        case "fused":
+            fused_experts(table.within("experts", ""))
+        case "fused, inputs first":
+            fused_experts_inputs_first(table.within("experts", ""))

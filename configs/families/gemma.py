@@ -23,6 +23,19 @@ _VOCABULARIES = {256_000: 256_128, 262_208: 262_144}
 # Published configs of Gemma 3 leave out what transformers has as a default.
 _GEMMA3_DEFAULTS = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
 
+# How checkpoints spell the names of Gemma 3: as published, as transformers 5 writes them, which has no `vision_model`,
+# and as transformers 5 has them in memory.
+_PUBLISHED = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+_SPELLINGS = (
+    _PUBLISHED,
+    _PUBLISHED | {"model.vision_tower.vision_model.": "vision_tower."},
+    {"model.vision_tower.vision_model.": "model.vision_tower."},
+)
+
 # Gemma 3's layers: five with a sliding window, then one without.
 _CYCLE = 6
 
@@ -33,13 +46,11 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     c = text.with_defaults(_GEMMA3_DEFAULTS) if architecture in _GEMMA3 else text
     c.refuse("attention_bias", False, why="MaxText's Gemma attention has no bias.")
     config.refuse("tie_word_embeddings", True, why="MaxText's Gemma computes logits with the embedding.")
-    vocab = _VOCABULARIES.get(c.integer("vocab_size"), c.integer("vocab_size"))
-    sizes = {"vocab": vocab, **blocks.sizes(c, options, **blocks.heads(c), mlp=c.integer("intermediate_size"))}
+    sizes = blocks.sizes(c, options, **blocks.heads(c), mlp=c.integer("intermediate_size"))
     if options.vocab_size is None:
-        sizes["vocab"] = vocab
+        sizes["vocab"] = _VOCABULARIES.get(sizes["tokens"], sizes["tokens"])
     table = RuleTable(sizes)
-    multimodal = architecture == "Gemma3ForConditionalGeneration"
-    prefix = "model.language_model" if multimodal else "model"
+    prefix = "model.language_model" if architecture == "Gemma3ForConditionalGeneration" else "model"
     hidden = c.integer("hidden_size")
     # transformers and MaxText's Gemma 3 multiply by a bfloat16 number.
     normalizer = float(ml_dtypes.bfloat16(hidden**0.5)) if architecture in _GEMMA3 else float(np.float32(hidden**0.5))
@@ -58,23 +69,17 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
         blocks.ROTARY_FREQUENCIES,
         Ignore(r"(language_model\.)?lm_head\.weight", "config.json ties the output layer to the embedding"),
     ]
-    if multimodal and options.use_multimodal:
+    if options.use_multimodal:
         siglip.add(config.require_section("vision_config"), table, hidden)
-    elif multimodal:
+    else:
         ignores.append(Ignore(r"(model\.)?(vision_tower|multi_modal_projector)\..*", "vision needs --use_multimodal"))
     return Model(
         family="gemma",
         description=f"{architecture}: {layers} layers, hidden {hidden}, vocabulary {c.integer('vocab_size')}",
         rules=table.rules,
-        ignores=tuple(ignores),
+        ignores=ignores,
         notes=tuple(blocks.vocabulary_notes(table)),
-        spellings=(
-            {
-                "model.language_model.": "language_model.model.",
-                "model.vision_tower.": "vision_tower.vision_model.",
-                "model.multi_modal_projector.": "multi_modal_projector.",
-            },
-        ),
+        spellings=_SPELLINGS,
     )
 
 

@@ -5,8 +5,9 @@ as what they multiply with.
 """
 
 import re
+from collections.abc import Iterator
 
-from slicecast.configs.families import blocks
+from slicecast.configs.families import blocks, gemma4_vision
 from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.ops import Scale
@@ -17,6 +18,8 @@ ARCHITECTURES = ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM")
 
 # The larger models: five layers with a sliding window, then one without.
 _CYCLE = 6
+
+_SMALL_VISION = "MaxText's Gemma 4 E2B and E4B have no vision encoder"
 
 
 def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
@@ -45,6 +48,14 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             blocks.mlp(layer.within("mlp", "mlp", mlp=c.integer("intermediate_size") * (2 if wide else 1)))
         if small:
             _per_layer_input(layer)
+    ignores = list(_ignores(c, prefix, layers))
+    if options.use_multimodal and small:
+        raise ConfigError(f"--use_multimodal: {_SMALL_VISION}.")
+    if options.use_multimodal:
+        gemma4_vision.add(config.require_section("vision_config"), table, hidden)
+    else:
+        why = _SMALL_VISION if small else "vision needs --use_multimodal"
+        ignores.append(Ignore(r"model\.(vision_tower|embed_vision)\..*", why))
     return Model(
         family="gemma4",
         description=(
@@ -52,22 +63,21 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             f"vocabulary {c.integer('vocab_size')}"
         ),
         rules=table.rules,
-        ignores=(
-            blocks.ROTARY_FREQUENCIES,
-            *(
-                Ignore(
-                    rf"{re.escape(prefix)}\.layers\.{layer}\.self_attn\.(k_proj|v_proj|k_norm)\.weight",
-                    "layers that use the keys and values of another layer have none of their own",
-                )
-                for layer in range(_first_shared(c, layers), layers)
-            ),
-            Ignore(r"lm_head\.weight", "config.json ties the output layer to the embedding"),
-            Ignore(r"model\.(vision_tower|embed_vision)\..*", "the vision tower is not converted"),
-            Ignore(r"model\.(audio_tower|embed_audio)\..*", "MaxText's model does not hear"),
-        ),
+        ignores=ignores,
         notes=tuple(blocks.vocabulary_notes(table)),
         unscanned_only="its layers share keys and values" if small else "",
     )
+
+
+def _ignores(c: HfConfig, prefix: str, layers: int) -> Iterator[Ignore]:
+    yield blocks.ROTARY_FREQUENCIES
+    for layer in range(_first_shared(c, layers), layers):
+        yield Ignore(
+            rf"{re.escape(prefix)}\.layers\.{layer}\.self_attn\.(k_proj|v_proj|k_norm)\.weight",
+            "layers that use the keys and values of another layer have none of their own",
+        )
+    yield Ignore(r"lm_head\.weight", "config.json ties the output layer to the embedding")
+    yield Ignore(r"model\.(audio_tower|embed_audio)\..*", "MaxText's model does not hear")
 
 
 def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
@@ -140,14 +150,28 @@ def _attention(c: HfConfig, layer: RuleTable, *, is_global: bool, shares_kv: boo
     head_dim, kv_heads = c.integer("head_dim"), c.integer("num_key_value_heads")
     keys_are_values = is_global and c.flag("attention_k_eq_v", False)
     if is_global:
-        head_dim = c.integer("global_head_dim", head_dim)
-    if keys_are_values:
-        kv_heads = c.integer("num_global_key_value_heads", kv_heads)
+        special = _of_global_layers(c)
+        head_dim = special.integer("head_dim", head_dim)
+        kv_heads = special.integer("num_key_value_heads", kv_heads) if keys_are_values else kv_heads
     attention = layer.within("self_attn", "self_attention", kv=head_dim, kv_head_dim=head_dim, kv_heads=kv_heads)
     blocks.attention(attention, keys=not shares_kv, values=not (keys_are_values or shares_kv))
     attention.add("q_norm.weight", "norm:kv", "query_norm/scale")
     if not shares_kv:
         attention.add("k_norm.weight", "norm:kv", "key_norm/scale")
+
+
+def _of_global_layers(c: HfConfig) -> HfConfig:
+    """What fields of attention are in global layers, where they are other than in all."""
+    layers = c.section("per_layer_config")
+    if layers is not None and layers.values:  # As transformers 5 writes it: by the number of each global layer.
+        return layers.require_section(next(iter(layers.values)))
+    return HfConfig(
+        {
+            "head_dim": c.values.get("global_head_dim"),
+            "num_key_value_heads": c.values.get("num_global_key_value_heads"),
+        },
+        c.where,
+    )
 
 
 def _experts(layer: RuleTable) -> None:

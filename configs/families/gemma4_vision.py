@@ -20,6 +20,7 @@ def add(c: HfConfig, table: RuleTable, hidden: int) -> None:
     encoder = table.within(
         "model",
         "vision_encoder",
+        None,
         **blocks.heads(c),
         **dict.fromkeys(("embed", "embed_attn", "norm", "width"), width),
         mlp=c.integer("intermediate_size"),
@@ -29,7 +30,9 @@ def add(c: HfConfig, table: RuleTable, hidden: int) -> None:
         positions=c.integer("position_embedding_size"),
     )
     tower = encoder.within("vision_tower", "Gemma4VisionEncoderLayer_0")
-    tower.add("patch_embedder.input_proj.weight", ":width :pixels -> :pixels :width", "vision_entry/input_projection/kernel")
+    tower.add(
+        "patch_embedder.input_proj.weight", ":width :pixels -> :pixels :width", "vision_entry/input_projection/kernel"
+    )
     tower.add(
         "patch_embedder.position_embedding_table",
         ":2 :positions :width -> :positions :2 :width",

@@ -1,6 +1,6 @@
 """Meta's Llama 4, Scout and Maverick: layers with experts, alone or in turns with dense ones."""
 
-from slicecast.configs.families import blocks
+from slicecast.configs.families import blocks, llama4_vision
 from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Ignore, Model, ModelOptions, cycle
@@ -44,6 +44,11 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             blocks.mlp(layer.within("feed_forward", "mlp", mlp=sizes["dense"]))
         else:
             _experts(layer.within("feed_forward", "Llama4MoEBlock_0"))
+    ignores = [blocks.ROTARY_FREQUENCIES]
+    if options.use_multimodal:
+        llama4_vision.add(config.require_section("vision_config"), table, c.integer("hidden_size"))
+    else:
+        ignores.append(Ignore(r"(vision_model|multi_modal_projector)\..*", "vision needs --use_multimodal"))
     return Model(
         family="llama4",
         description=(
@@ -51,10 +56,7 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             f"vocabulary {c.integer('vocab_size')}"
         ),
         rules=table.rules,
-        ignores=(
-            blocks.ROTARY_FREQUENCIES,
-            Ignore(r"(vision_model|multi_modal_projector)\..*", "the vision tower is not converted"),
-        ),
+        ignores=ignores,
         notes=tuple(blocks.vocabulary_notes(table)),
     )
 

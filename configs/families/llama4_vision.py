@@ -17,6 +17,7 @@ def add(c: HfConfig, table: RuleTable, hidden: int) -> None:
     encoder = table.within(
         "",
         "vision_encoder",
+        None,
         **blocks.heads(c),
         embed_attn=width,
         width=width,

@@ -1,6 +1,6 @@
 """Qwen 3-Next and Qwen 3.5: three layers of gated linear attention, then one of gated softmax attention, in turns."""
 
-from slicecast.configs.families import blocks
+from slicecast.configs.families import blocks, qwen_vision
 from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Ignore, LayerAxis, Layers, Model, ModelOptions, cycle
@@ -46,6 +46,15 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
         else:
             _linear_attention(c, layer.within("linear_attn", "attention"), joined=architecture == _NEXT)
         _experts(layer.within("mlp", "mlp"), fused=architecture != _NEXT and not quantized)
+    ignores = [
+        blocks.ROTARY_FREQUENCIES,
+        Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family"),
+    ]
+    if options.use_multimodal:
+        vision = config.require_section("vision_config")
+        qwen_vision.add_vision(vision, table, "model.visual", c.integer("hidden_size"), "Qwen3_5Moe")
+    else:
+        ignores.append(Ignore(r"model\.visual\..*", "vision needs --use_multimodal"))
     return Model(
         family="qwen_hybrid",
         description=(
@@ -53,11 +62,7 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             f"vocabulary {c.integer('vocab_size')}"
         ),
         rules=table.rules,
-        ignores=(
-            blocks.ROTARY_FREQUENCIES,
-            Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family"),
-            Ignore(r"model\.visual\..*", "the vision tower is not converted"),
-        ),
+        ignores=ignores,
         notes=tuple(blocks.vocabulary_notes(table)),
     )
 

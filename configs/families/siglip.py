@@ -18,6 +18,7 @@ def add(c: HfConfig, table: RuleTable, hidden: int) -> None:
     encoder = table.within(
         "model",
         "vision_encoder",
+        None,
         **blocks.heads(c),
         embed_attn=width,
         width=width,
@@ -36,9 +37,7 @@ def add(c: HfConfig, table: RuleTable, hidden: int) -> None:
         "embedding/kernel",
     )
     tower.add("embeddings.patch_embedding.bias", ":width", "embedding/bias")
-    tower.add(
-        "embeddings.position_embedding.weight", "(:1 :positions) :width -> :1 :positions :width", "pos_embedding"
-    )
+    tower.add("embeddings.position_embedding.weight", "(:1 :positions) :width -> :1 :positions :width", "pos_embedding")
     for layer in range(c.integer("num_hidden_layers")):
         block = tower.within(f"encoder.layers.{layer}", f"Transformer/encoderblock_{layer}")
         encoder_blocks.layer_norm(block, "layer_norm1", "LayerNorm_0")
@@ -50,6 +49,4 @@ def add(c: HfConfig, table: RuleTable, hidden: int) -> None:
     projector = encoder.within("multi_modal_projector", "VisionEmbedder_0")
     projector.add("mm_input_projection_weight", ":width :hidden", "mm_input_projection/w")
     # A norm of Gemma: published as one less than what it multiplies with, and kept in float32 as those of the text.
-    projector.add(
-        "mm_soft_emb_norm.weight", "norm:width", "mm_soft_embedding_norm/scale", Offset(1.0), dtype="float32"
-    )
+    projector.add("mm_soft_emb_norm.weight", "norm:width", "mm_soft_embedding_norm/scale", Offset(1.0), dtype="float32")

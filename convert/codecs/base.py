@@ -45,6 +45,7 @@ class Part:
         shape: The shape of the view.
         axis: The axis of the view that follows the logical tensor's rows; None if the part is read whole.
         per_row: How many indices of that axis belong to each row: 1/128 where 128 rows share one.
+        within: The range of the second axis that is read; None for all of it. `shape` has its length.
     """
 
     tensor: TensorInfo
@@ -52,6 +53,7 @@ class Part:
     shape: Shape
     axis: int | None = 0
     per_row: Fraction = Fraction(1)
+    within: tuple[int, int] | None = None
 
     def indices(self, start: int, stop: int) -> tuple[int, int]:
         """The range of indices on `axis` that covers the rows `start` to `stop`."""
@@ -67,6 +69,12 @@ class Part:
         if self.axis is None:
             return [Span(self.tensor.file, self.tensor.offset, self.tensor.nbytes)]
         first, last = self.indices(start, stop)
+        if self.within is not None:
+            row_bytes = self.tensor.nbytes // self.tensor.shape[0]
+            index_bytes = row_bytes // self.tensor.shape[1]
+            offset = self.tensor.offset + self.within[0] * index_bytes
+            nbytes = (self.within[1] - self.within[0]) * index_bytes
+            return [Span(self.tensor.file, offset + row * row_bytes, nbytes) for row in range(first, last)]
         size = self.shape[self.axis]
         if (first, last) == (0, size):
             return [Span(self.tensor.file, self.tensor.offset, self.tensor.nbytes)]

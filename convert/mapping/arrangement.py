@@ -104,7 +104,7 @@ def _rearranged(source: Sequence[tuple[_Axis, ...]], target: Sequence[_Axis]) ->
     # A group that stays together is moved as one axis, so that a matrix is transposed before its rows are taken apart:
     # kernels can give it transposed, and then nothing else is to be done.
     whole = all(_stays_together(group, target) for group in source)
-    units = list(source) if whole else [(axis,) for group in source for axis in group]
+    units: list[tuple[_Axis, ...]] = list(source) if whole else [(axis,) for group in source for axis in group]
     moved = sorted(units, key=lambda unit: target.index(unit[0]))
     transpose = [] if moved == units else [Transpose(tuple(units.index(unit) for unit in moved))]
     return (*transpose, *_splits(moved)) if whole else (*_splits(source), *transpose)

@@ -1,14 +1,16 @@
 """Matches a model's rules with a checkpoint's tensors: every source tensor is used once, or ignored with a reason."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.codecs import constant, detect, joined, plain
-from slicecast.convert.codecs.base import StoredTensor
+from slicecast.convert.codecs.base import FLOAT_DTYPES, StoredTensor
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.errors import PlanErrors, SlicecastError, UnsupportedFormatError, UnusedTensorError
 from slicecast.convert.mapping import fp8
+from slicecast.convert.mapping.ops import Slice
 from slicecast.convert.mapping.rules import Constant, Join, Model, Rule
 from slicecast.convert.mapping.target import FP8, Layout, Leaf, leaves
 from slicecast.convert.source.checkpoint import Checkpoint
@@ -58,8 +60,8 @@ def resolve(
     resolved = []
     used: set[str] = set()
     failed: set[str] = set()
-    spelling = _spelling(model, checkpoint)
-    for rule in model.rules:
+    rules, spelling = _form(model, checkpoint)
+    for rule in rules:
         for leaf in leaves(rule, layout):
             sources = {}
             for coordinate in leaf.coordinates(Box.whole(leaf.shape)):
@@ -78,7 +80,7 @@ def resolve(
                 except SlicecastError as error:
                     errors.append(error)
             if kept is None:
-                resolved.append(ResolvedLeaf(leaf, sources))
+                resolved.append(_narrowed(ResolvedLeaf(leaf, sources)))
             else:
                 resolved += map(ResolvedLeaf, kept.leaves, kept.sources)
     ignored, unused = _leftovers(checkpoint, model, used, failed)
@@ -87,14 +89,49 @@ def resolve(
     return resolved, ignored
 
 
-def _spelling(model: Model, checkpoint: Checkpoint) -> Mapping[str, str]:
-    """How this checkpoint spells the prefixes of names: the first way that gives a tensor that is there."""
-    first = next(name for rule in model.rules for name in _patterns(rule))
-    for spelling in ({}, *model.spellings):
-        name = _spelled(first, spelling)
-        if any(other == name or other.startswith(f"{_module(name)}.") for other in checkpoint.tensors):
-            return spelling
-    return {}
+def _narrowed(resolved: ResolvedLeaf) -> ResolvedLeaf:
+    """A leaf that takes a range of its tensors' second axis, such as half of each expert, reading only that.
+
+    Of a tensor that is stored as it is the range is a run of bytes in each row, and needs no op.
+    """
+    leaf, rule = resolved.leaf, resolved.leaf.rule
+    op = rule.ops[0] if rule.ops else None
+    if not isinstance(op, Slice) or op.axis != 1 or len(rule.shape) < 3:
+        return resolved
+    if not all(isinstance(tensor.codec, plain.Plain) for tensor in resolved.sources.values()):
+        return resolved
+    shape = op.shape(rule.shape)
+    sources = {
+        coordinate: replace(
+            tensor, shape=shape, parts=(replace(tensor.parts[0], shape=shape, within=(op.start, op.stop)),)
+        )
+        for coordinate, tensor in resolved.sources.items()
+    }
+    return ResolvedLeaf(replace(leaf, rule=replace(rule, shape=shape, ops=rule.ops[1:])), sources)
+
+
+def _form(model: Model, checkpoint: Checkpoint) -> tuple[Sequence[Rule], Mapping[str, str]]:
+    """The rules, and the spelling of prefixes, that fit a checkpoint best: for which most rules find their tensor."""
+    forms = itertools.product((model.rules, *model.other_forms), ({}, *model.spellings))
+    return max(forms, key=lambda form: sum(_fits(rule, form[1], checkpoint) for rule in form[0]) / len(form[0]))
+
+
+def _fits(rule: Rule, spelling: Mapping[str, str], checkpoint: Checkpoint) -> bool:
+    """Whether the first tensor of a rule is there, in its shape unless it is quantized."""
+    patterns = _patterns(rule)
+    if not patterns:
+        return True
+    layer = 0 if rule.layers is None else rule.layers.start
+    name = _spelled(patterns[0].format(layer=layer, expert=0), spelling)
+    tensor = checkpoint.tensors.get(name)
+    if tensor is not None and tensor.dtype in FLOAT_DTYPES and isinstance(rule.source, str):
+        return tensor.shape[1:] == rule.shape[1:]
+    # Quantized weights have other names, of the same module.
+    return (
+        tensor is not None
+        or any(f"{name}{suffix}" in checkpoint.tensors for suffix in ("_packed", "_blocks"))
+        or (f"{_module(name)}.qweight" in checkpoint.tensors)
+    )
 
 
 def _spelled(name: str, spelling: Mapping[str, str]) -> str:

@@ -175,6 +175,8 @@ class Model:
         family: The name of the family whose rules apply.
         description: One line for people: the architecture and its sizes.
         rules: How each kind of tensor converts.
+        other_forms: Other rules for the same model, for checkpoints that store it otherwise, experts one by one for
+            example. The form that fits the checkpoint's tensors best is taken.
         ignores: Which tensors are left out, and why.
         notes: Decisions that the config alone did not settle, for the plan to print.
         unscanned_only: Why MaxText has this model unscanned only; empty if it has it scanned too.
@@ -185,6 +187,7 @@ class Model:
     family: str
     description: str
     rules: Sequence[Rule]
+    other_forms: Sequence[Sequence[Rule]] = ()
     ignores: Sequence[Ignore] = ()
     notes: Sequence[str] = ()
     unscanned_only: str = ""
