@@ -98,8 +98,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _how_often(plan: Plan) -> str:
     """How often source bytes are read: once, but for tensors that become several leaves, as gpt-oss' experts do."""
-    stored = {tensor.name: tensor for leaf in plan.leaves for tensor in leaf.sources.values()}
-    once = sum(part.tensor.nbytes for tensor in stored.values() for part in tensor.parts)
+    parts = (part for leaf in plan.leaves for tensor in leaf.sources.values() for part in tensor.parts)
+    once = sum({part.tensor.name: part.tensor.nbytes for part in parts}.values())
     again = plan.in_bytes - once
     # Scales that lie on the border of two boxes are read for both: next to nothing.
     if again < once // 100:

@@ -86,8 +86,19 @@ def recognize(config: Mapping[str, Any], options: ModelOptions = ModelOptions())
         for architecture in architectures:
             if architecture in family.rules.ARCHITECTURES:
                 model: Model = family.rules.model(HfConfig(config), architecture, options)
+                _check_parts(model, options)
                 return model
     raise UnsupportedArchitectureError(
         f"config.json: architecture {', '.join(map(str, architectures)) or '(none given)'} is not supported. "
         f"Supported: {', '.join(supported_architectures())}."
     )
+
+
+def _check_parts(model: Model, options: ModelOptions) -> None:
+    """Refuses to leave out without a word what the user asked for."""
+    for asked, name, part, what in (
+        (options.use_multimodal, "use_multimodal", "vision_encoder/", "vision encoder"),
+        (options.enable_mtp, "enable_mtp", "mtp_block/", "layer for multi-token prediction"),
+    ):
+        if asked and not any(rule.target.startswith(part) for rule in model.rules):
+            raise ConfigError(f"--{name}: {model.description} has no {what} that MaxText has too. Leave the flag out.")

@@ -63,8 +63,5 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
 
 def _experts(table: RuleTable) -> None:
     table.add("router.weight", ":exp embed_router -> embed_router :exp", "MoeBlock_0/gate/kernel")
-    # All experts of a layer are one tensor, in the order that MaxText has.
-    for half, leaf in enumerate(("wi_0", "wi_1")):
-        table.add("experts.gate_up_proj", f"exp embed_moe ({half}/2 mlp_moe)", f"MoeBlock_0/{leaf}")
-    table.add("experts.down_proj", "exp mlp_moe embed_moe", "MoeBlock_0/wo")
+    blocks.fused_experts_inputs_first(table.within("experts", "MoeBlock_0"))
     blocks.mlp(table.within("shared_expert", "shared_experts"))

@@ -104,7 +104,7 @@ def _table(
         attention.add(f"{name}.weight", "norm:kv", f"{leaf}/scale")
     if variant.experts:
         sizes = {"exp": c.integer("num_experts"), "mlp_moe": c.integer("moe_intermediate_size")}
-        moe = layer.within("mlp", "moe_block", **sizes)
+        moe = layer.within("mlp", "moe_block", None, **sizes)
         moe.add("gate.weight", ":exp embed -> embed :exp", "gate/kernel")
         blocks.experts_in_form(moe, form)
     else:

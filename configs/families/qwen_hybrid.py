@@ -17,7 +17,6 @@ _CYCLE = 4
 def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     """The rules for a Qwen 3-Next or Qwen 3.5 checkpoint."""
     c = config.section("text_config") or config
-    prefix = "model.language_model" if architecture == _MULTIMODAL else "model"
     layers, experts = c.integer("num_hidden_layers"), c.integer("num_experts")
     if layers % _CYCLE:
         raise ConfigError(
@@ -31,29 +30,14 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     c.refuse("mlp_only_layers", [], why="MaxText has an expert block in every layer.")
     c.refuse("decoder_sparse_step", 1, why="MaxText has an expert block in every layer.")
     c.refuse("tie_word_embeddings", False, why="MaxText's model has an output layer of its own.")
-    table = RuleTable(_sizes(c, options))
-    blocks.embedding(table, f"{prefix}.embed_tokens.weight")
-    table.add(f"{prefix}.norm.weight", "norm", "decoder/decoder_norm/scale")
-    blocks.output_layer(table)
-    # Quantized checkpoints have the experts one by one.
-    quantized = "quantization_config" in config.values
-    for kind in _kinds(layers, nested=architecture == _NEXT):
-        layer = table.within(f"{prefix}.layers.{{layer}}", "decoder/{layers}", kind)
-        layer.add("input_layernorm.weight", ":hidden", "input_layernorm/scale")
-        layer.add("post_attention_layernorm.weight", ":hidden", "post_attention_layernorm/scale")
-        if kind.start == _CYCLE - 1:
-            _softmax_attention(layer.within("self_attn", "attention/attention"))
-        else:
-            _linear_attention(c, layer.within("linear_attn", "attention"), joined=architecture == _NEXT)
-        _experts(layer.within("mlp", "mlp"), fused=architecture != _NEXT and not quantized)
+    # Qwen 3-Next has the experts one by one, Qwen 3.5 in one tensor unless it is quantized.
+    forms: list[blocks.ExpertsForm] = ["separate", "fused"] if architecture == _NEXT else ["fused", "separate"]
+    tables = [_table(config, c, architecture, options, form) for form in forms]
     ignores = [
         blocks.ROTARY_FREQUENCIES,
         Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family"),
     ]
-    if options.use_multimodal:
-        vision = config.require_section("vision_config")
-        qwen_vision.add_vision(vision, table, "model.visual", c.integer("hidden_size"), "Qwen3_5Moe")
-    else:
+    if not options.use_multimodal:
         ignores.append(Ignore(r"model\.visual\..*", "vision needs --use_multimodal"))
     return Model(
         family="qwen_hybrid",
@@ -61,10 +45,39 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
             f"vocabulary {c.integer('vocab_size')}"
         ),
-        rules=table.rules,
+        rules=tables[0].rules,
+        other_forms=[table.rules for table in tables[1:]],
         ignores=ignores,
-        notes=tuple(blocks.vocabulary_notes(table)),
+        notes=tuple(blocks.vocabulary_notes(tables[0])),
     )
+
+
+def _table(
+    config: HfConfig, c: HfConfig, architecture: str, options: ModelOptions, form: blocks.ExpertsForm
+) -> RuleTable:
+    prefix = "model.language_model" if architecture == _MULTIMODAL else "model"
+    table = RuleTable(_sizes(c, options))
+    blocks.embedding(table, f"{prefix}.embed_tokens.weight")
+    table.add(f"{prefix}.norm.weight", "norm", "decoder/decoder_norm/scale")
+    blocks.output_layer(table)
+    for kind in _kinds(c.integer("num_hidden_layers"), nested=architecture == _NEXT):
+        layer = table.within(f"{prefix}.layers.{{layer}}", "decoder/{layers}", kind)
+        layer.add("input_layernorm.weight", ":hidden", "input_layernorm/scale")
+        layer.add("post_attention_layernorm.weight", ":hidden", "post_attention_layernorm/scale")
+        if kind.start == _CYCLE - 1:
+            _softmax_attention(layer.within("self_attn", "attention/attention"))
+        else:
+            _linear_attention(c, layer.within("linear_attn", "attention"), joined=architecture == _NEXT)
+        mlp = layer.within("mlp", "mlp")
+        mlp.add("shared_expert_gate.weight", ":1 embed -> embed :1", "shared_expert_gate/kernel")
+        blocks.mlp(mlp.within("shared_expert", "shared_expert"))
+        routed = mlp.within("", "routed_experts")
+        routed.add("gate.weight", ":exp embed -> embed :exp", "gate/kernel")
+        blocks.experts_in_form(routed, form)
+    if options.use_multimodal:
+        vision = config.require_section("vision_config")
+        qwen_vision.add_vision(vision, table, "model.visual", c.integer("hidden_size"), "Qwen3_5Moe")
+    return table
 
 
 def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
@@ -144,13 +157,3 @@ def _linear_attention(c: HfConfig, table: RuleTable, *, joined: bool) -> None:
     table.add("dt_bias", ":value_heads", "dt_bias", dtype="float32")
     table.add("norm.weight", ":head_value", "norm/rms_norm/scale")
     table.add("out_proj.weight", "embed_attn gdn_head:values -> gdn_head:values embed_attn", "out_proj/kernel")
-
-
-def _experts(table: RuleTable, *, fused: bool) -> None:
-    table.add("gate.weight", ":exp embed -> embed :exp", "routed_experts/gate/kernel")
-    table.add("shared_expert_gate.weight", ":1 embed -> embed :1", "shared_expert_gate/kernel")
-    blocks.mlp(table.within("shared_expert", "shared_expert"))
-    if fused:
-        blocks.fused_experts(table.within("experts", "routed_experts"))
-    else:
-        blocks.experts(table.within("experts.{expert}", "routed_experts"), table.sizes["exp"])
