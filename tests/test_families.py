@@ -358,11 +358,24 @@ def test_only_some_families_scale_queries(name: str) -> None:
 def test_unknown_architectures() -> None:
     for value in (None, [], ["GPT2LMHeadModel"], ["Foo", "Bar"]):
         with pytest.raises(UnsupportedArchitectureError) as error:
-            families.recognize(LLAMA_2_7B | {"architectures": value})
+            families.recognize(LLAMA_2_7B | {"architectures": value, "model_type": None})
         for name in (*(value or ["(none given)"]), *families.supported_architectures()):
             assert name in str(error.value)
     with pytest.raises(UnsupportedArchitectureError):
         families.recognize({})
+
+
+@pytest.mark.parametrize("name", [name for name in published_models.names() if "weaver" not in name])
+def test_the_model_type_counts_where_there_are_no_architectures(name: str) -> None:
+    config = published(name)
+    without = {key: value for key, value in config.items() if key != "architectures"}
+    assert families.recognize(without).rules == families.recognize(config).rules
+
+
+def test_an_unknown_model_type() -> None:
+    config = {key: value for key, value in LLAMA_2_7B.items() if key != "architectures"}
+    with pytest.raises(UnsupportedArchitectureError, match="'gpt2'"):
+        families.recognize(config | {"model_type": "gpt2"})
 
 
 @pytest.mark.parametrize("value", ["LlamaForCausalLM", 7, {"a": 1}, [["LlamaForCausalLM"]]], ids=str)

@@ -63,6 +63,37 @@ FAMILIES = (
 )
 
 
+# What a config without `architectures` is, by its `model_type`.
+_BY_MODEL_TYPE = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "deepseek_v4": "DeepseekV4ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "gpt_oss": "GptOssForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "kimi_k25": "KimiK25ForConditionalGeneration",
+    "llama": "LlamaForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
+    "llama4_text": "Llama4ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+
+
 def supported_architectures() -> list[str]:
     """Every value of `architectures` in `config.json` that some family covers."""
     return sorted(name for family in FAMILIES for name in family.rules.ARCHITECTURES)
@@ -82,6 +113,9 @@ def recognize(config: Mapping[str, Any], options: ModelOptions = ModelOptions())
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         raise ConfigError(f"config.json: field 'architectures' is {architectures!r}; a list of names is expected.")
+    model_type = config.get("model_type")
+    if not architectures and isinstance(model_type, str):
+        architectures = [_BY_MODEL_TYPE.get(model_type, f"of model_type '{model_type}'")]
     for family in FAMILIES:
         for architecture in architectures:
             if architecture in family.rules.ARCHITECTURES:

@@ -1,11 +1,12 @@
 """What many families have in common: sizes by MaxText's axis names, embeddings, attention, and feed-forward blocks."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
+from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.ops import Op
-from slicecast.convert.mapping.rules import Ignore, ModelOptions
+from slicecast.convert.mapping.rules import Ignore, Model, ModelOptions
 from slicecast.convert.mapping.table import RuleTable
 
 ExpertsForm = Literal["separate", "fused", "fused, inputs first"]
@@ -13,7 +14,7 @@ ExpertsForm = Literal["separate", "fused", "fused, inputs first"]
 # MaxText's logical names of axes that are all as long as the hidden state.
 _HIDDEN = ("norm", "embed", "embed_attn", "embed_vocab", "embed_moe", "embed_router", "activation_embed")
 
-ROTARY_FREQUENCIES = Ignore(r".*\.rotary_emb\.(original_)?inv_freq", "rotary frequencies are computed from the config")
+_ROTARY_FREQUENCIES = Ignore(r".*\.rotary_emb\.(original_)?inv_freq", "rotary frequencies are computed from the config")
 
 
 def sizes(c: HfConfig, options: ModelOptions, **more: int) -> dict[str, int]:
@@ -39,13 +40,64 @@ def heads(c: HfConfig) -> dict[str, int]:
     }
 
 
-def vocabulary_notes(table: RuleTable) -> Iterator[str]:
-    """A note if the model's vocabulary is not the checkpoint's."""
-    tokens, vocab = table.sizes["tokens"], table.sizes["vocab"]
-    if vocab > tokens:
-        yield f"MaxText's model has {vocab} tokens, the checkpoint {tokens}: rows of zeros are added to the embedding"
-    elif vocab < tokens:
-        yield f"MaxText's model has {vocab} tokens, the checkpoint {tokens}: the embedding's last rows are left out"
+def take_turns(c: HfConfig, kinds: Sequence[str], *, whole: bool = True) -> None:
+    """Refuses layers that do not take turns as MaxText has it.
+
+    Args:
+        c: The config with `num_hidden_layers`, and `layer_types` where the config says more than that.
+        kinds: The kinds of a cycle.
+        whole: Whether MaxText has whole cycles only.
+
+    Raises:
+        ConfigError: If there is part of a cycle, or another order.
+    """
+    layers = c.integer("num_hidden_layers")
+    if whole and layers % len(kinds):
+        raise ConfigError(
+            f"{c.where}: field 'num_hidden_layers' is {layers}, which is not supported: MaxText's model is made of "
+            f"cycles of {len(kinds)} layers."
+        )
+    expected = [kinds[layer % len(kinds)] for layer in range(layers)]
+    c.refuse("layer_types", expected, why=f"MaxText repeats {', '.join(kinds)}.")
+
+
+def model(
+    family: str,
+    architecture: str,
+    c: HfConfig,
+    *tables: RuleTable,
+    experts: int = 0,
+    ignores: Iterable[Ignore] = (),
+    notes: Iterable[str] = (),
+    **more: Any,
+) -> Model:
+    """The model with the rules of a table, and of further ones in which it is stored otherwise; and what it is called.
+
+    Args:
+        family: The name of the family.
+        architecture: What `config.json` calls it.
+        c: The config with the sizes.
+        tables: The rules in each form.
+        experts: How many experts a layer has.
+        ignores: What is left out, beside rotary frequencies.
+        notes: What the plan should say, beside a vocabulary that is not the checkpoint's.
+        more: Further fields of the model.
+    """
+    tokens, vocab = tables[0].sizes["tokens"], tables[0].sizes["vocab"]
+    what = "rows of zeros are added to the embedding" if vocab > tokens else "the embedding's last rows are left out"
+    resized = [] if vocab == tokens else [f"MaxText's model has {vocab} tokens, the checkpoint {tokens}: {what}"]
+    return Model(
+        family=family,
+        description=(
+            f"{architecture}: {c.integer('num_hidden_layers')} layers, {f'{experts} experts, ' if experts else ''}"
+            f"hidden {c.integer('hidden_size')}, vocabulary {tokens}"
+        ),
+        rules=tables[0].rules,
+        other_forms=[table.rules for table in tables[1:]],
+        ignores=(_ROTARY_FREQUENCIES, *ignores),
+        notes=(*notes, *resized),
+        **more,
+    )
 
 
 def embedding(table: RuleTable, name: str = "model.embed_tokens.weight", *ops: Op, **options: str) -> None:

@@ -45,16 +45,8 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     predicted = c.integer("num_nextn_predict_layers", 0, least=0)
     if options.enable_mtp:
         _prediction(c, table, f"{prefix}model.layers.{{layer}}", layers, architecture)
-    return Model(
-        family="deepseek",
-        description=(
-            f"{architecture}: {layers} layers ({dense} dense), {experts} experts, hidden {c.integer('hidden_size')}, "
-            f"vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=table.rules,
-        ignores=tuple(_ignores(prefix, layers, predicted, enable_mtp=options.enable_mtp)),
-        notes=tuple(blocks.vocabulary_notes(table)),
-    )
+    ignores = _ignores(prefix, layers, predicted, enable_mtp=options.enable_mtp)
+    return blocks.model("deepseek", architecture, c, table, experts=experts, ignores=ignores)
 
 
 def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
@@ -141,7 +133,6 @@ def _prediction(c: HfConfig, table: RuleTable, source: str, layers: int, archite
 
 
 def _ignores(prefix: str, layers: int, predicted: int, *, enable_mtp: bool) -> Iterator[Ignore]:
-    yield blocks.ROTARY_FREQUENCIES
     for extra in range(layers, layers + predicted):
         if enable_mtp:
             yield Ignore(

@@ -38,16 +38,8 @@ def model(c: HfConfig, architecture: str, options: ModelOptions) -> Model:
         _hyper_connection(layer, "hc_ffn", "mhc_mlp")
         _attention(c, layer.within("attn", "self_attention"), ratio)
         _experts(layer.within("ffn", "mlp"), by_token=kind.start < first)
-    return Model(
-        family="deepseek_v4",
-        description=(
-            f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
-            f"vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=table.rules,
-        ignores=(Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family"),),
-        notes=tuple(blocks.vocabulary_notes(table)),
-    )
+    mtp = Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family")
+    return blocks.model("deepseek_v4", architecture, c, table, experts=experts, ignores=[mtp])
 
 
 def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from slicecast.configs.families import blocks, siglip
-from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.ops import Offset, Op, Scale
 from slicecast.convert.mapping.rules import Ignore, LayerAxis, Layers, Model, ModelOptions, cycle, stacked
@@ -36,8 +35,7 @@ _SPELLINGS = (
     {"model.vision_tower.vision_model.": "model.vision_tower."},
 )
 
-# Gemma 3's layers: five with a sliding window, then one without.
-_CYCLE = 6
+_GEMMA3_CYCLE = ("sliding_attention",) * 5 + ("full_attention",)
 
 
 def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
@@ -63,24 +61,15 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     elif architecture == "Gemma2ForCausalLM":
         _gemma2(c, table, source, layers)
     else:
+        blocks.take_turns(c, _GEMMA3_CYCLE, whole=False)
         for kind in _gemma3_layers(layers):
             _gemma3(table.within(source, "decoder/{layers}", kind))
-    ignores = [
-        blocks.ROTARY_FREQUENCIES,
-        Ignore(r"(language_model\.)?lm_head\.weight", "config.json ties the output layer to the embedding"),
-    ]
+    ignores = [Ignore(r"(language_model\.)?lm_head\.weight", "config.json ties the output layer to the embedding")]
     if options.use_multimodal:
         siglip.add(config.require_section("vision_config"), table, hidden)
     else:
         ignores.append(Ignore(r"(model\.)?(vision_tower|multi_modal_projector)\..*", "vision needs --use_multimodal"))
-    return Model(
-        family="gemma",
-        description=f"{architecture}: {layers} layers, hidden {hidden}, vocabulary {c.integer('vocab_size')}",
-        rules=table.rules,
-        ignores=ignores,
-        notes=tuple(blocks.vocabulary_notes(table)),
-        spellings=_SPELLINGS,
-    )
+    return blocks.model("gemma", architecture, c, table, ignores=ignores, spellings=_SPELLINGS)
 
 
 def _norm(table: RuleTable, source: str, arranged: str, target: str) -> None:
@@ -102,10 +91,7 @@ def _gemma1(layer: RuleTable) -> None:
 
 def _gemma2(c: HfConfig, table: RuleTable, source: str, layers: int) -> None:
     """Layers in pairs, one with a sliding window and one without; a pair is one layer of MaxText's model."""
-    if layers % 2:
-        raise ConfigError(
-            f"{c.where}: field 'num_hidden_layers' is {layers}, which is not supported: MaxText's Gemma 2 has pairs."
-        )
+    blocks.take_turns(c, ("sliding_attention", "full_attention"))
     for place, kind in enumerate(("local", "global")):
         pairs = Layers(place, (LayerAxis("layers", layers // 2, 2),), "layers", "layers_{index}")
         layer = table.within(source, "decoder/{layers}", pairs)
@@ -120,9 +106,10 @@ def _gemma2(c: HfConfig, table: RuleTable, source: str, layers: int) -> None:
 
 def _gemma3_layers(layers: int) -> list[Layers]:
     """Whole cycles, and the layers after them, which stand alone in scanned models too."""
-    whole = layers // _CYCLE * _CYCLE
+    places = len(_GEMMA3_CYCLE)
+    whole = layers // places * places
     rest = [Layers(whole + place, (), f"layers_remainder/layers_{place}") for place in range(layers - whole)]
-    return (cycle(whole, _CYCLE, "layers/layers_{}") if whole else []) + rest
+    return (cycle(whole, places, "layers/layers_{}") if whole else []) + rest
 
 
 def _gemma3(layer: RuleTable) -> None:

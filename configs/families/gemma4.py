@@ -16,8 +16,8 @@ from slicecast.convert.mapping.table import RuleTable
 
 ARCHITECTURES = ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM")
 
-# The larger models: five layers with a sliding window, then one without.
-_CYCLE = 6
+# The larger models.
+_CYCLE = ("sliding_attention",) * 5 + ("full_attention",)
 
 _SMALL_VISION = "MaxText's Gemma 4 E2B and E4B have no vision encoder"
 
@@ -56,21 +56,11 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     else:
         why = _SMALL_VISION if small else "vision needs --use_multimodal"
         ignores.append(Ignore(r"model\.(vision_tower|embed_vision)\..*", why))
-    return Model(
-        family="gemma4",
-        description=(
-            f"{architecture}: {layers} layers, {f'{experts} experts, ' if experts else ''}hidden {hidden}, "
-            f"vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=table.rules,
-        ignores=ignores,
-        notes=tuple(blocks.vocabulary_notes(table)),
-        unscanned_only="its layers share keys and values" if small else "",
-    )
+    why = "its layers share keys and values" if small else ""
+    return blocks.model("gemma4", architecture, c, table, experts=experts, ignores=ignores, unscanned_only=why)
 
 
 def _ignores(c: HfConfig, prefix: str, layers: int) -> Iterator[Ignore]:
-    yield blocks.ROTARY_FREQUENCIES
     for layer in range(_first_shared(c, layers), layers):
         yield Ignore(
             rf"{re.escape(prefix)}\.layers\.{layer}\.self_attn\.(k_proj|v_proj|k_norm)\.weight",
@@ -99,16 +89,10 @@ def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
 
 def _layers(c: HfConfig, layers: int) -> list[tuple[Layers, bool]]:
     """MaxText scans over cycles, and over the layers with a sliding window in each."""
-    if layers % _CYCLE:
-        raise ConfigError(
-            f"{c.where}: field 'num_hidden_layers' is {layers}, which is not supported: MaxText's Gemma 4 is made of "
-            f"cycles of {_CYCLE} layers."
-        )
-    kinds = ["sliding_attention"] * (_CYCLE - 1) + ["full_attention"]
-    c.refuse("layer_types", kinds * (layers // _CYCLE), why=f"MaxText repeats {', '.join(kinds)}.")
-    repeats = LayerAxis("layers", layers // _CYCLE, _CYCLE)
-    local = Layers(0, (repeats, LayerAxis("local_layers", _CYCLE - 1)), "scanned_blocks/local_layers")
-    return [(local, False), (Layers(_CYCLE - 1, (repeats,), "scanned_blocks/global_layer"), True)]
+    blocks.take_turns(c, _CYCLE)
+    repeats = LayerAxis("layers", layers // len(_CYCLE), len(_CYCLE))
+    local = Layers(0, (repeats, LayerAxis("local_layers", len(_CYCLE) - 1)), "scanned_blocks/local_layers")
+    return [(local, False), (Layers(len(_CYCLE) - 1, (repeats,), "scanned_blocks/global_layer"), True)]
 
 
 def _small_layers(c: HfConfig, layers: int) -> list[tuple[Layers, bool]]:
@@ -149,29 +133,19 @@ def _norms(layer: RuleTable) -> None:
 def _attention(c: HfConfig, layer: RuleTable, *, is_global: bool, shares_kv: bool) -> None:
     head_dim, kv_heads = c.integer("head_dim"), c.integer("num_key_value_heads")
     keys_are_values = is_global and c.flag("attention_k_eq_v", False)
-    if is_global:
-        special = _of_global_layers(c)
-        head_dim = special.integer("head_dim", head_dim)
-        kv_heads = special.integer("num_key_value_heads", kv_heads) if keys_are_values else kv_heads
+    by_layer = c.section("per_layer_config")
+    if is_global and by_layer is not None and by_layer.values:
+        # As transformers 5 writes it: what is other than in all layers, by the number of each global layer.
+        special = by_layer.require_section(next(iter(by_layer.values)))
+        head_dim, kv_heads = special.integer("head_dim", head_dim), special.integer("num_key_value_heads", kv_heads)
+    elif is_global:
+        head_dim = c.integer("global_head_dim", head_dim)
+        kv_heads = c.integer("num_global_key_value_heads", kv_heads) if keys_are_values else kv_heads
     attention = layer.within("self_attn", "self_attention", kv=head_dim, kv_head_dim=head_dim, kv_heads=kv_heads)
     blocks.attention(attention, keys=not shares_kv, values=not (keys_are_values or shares_kv))
     attention.add("q_norm.weight", "norm:kv", "query_norm/scale")
     if not shares_kv:
         attention.add("k_norm.weight", "norm:kv", "key_norm/scale")
-
-
-def _of_global_layers(c: HfConfig) -> HfConfig:
-    """What fields of attention are in global layers, where they are other than in all."""
-    layers = c.section("per_layer_config")
-    if layers is not None and layers.values:  # As transformers 5 writes it: by the number of each global layer.
-        return layers.require_section(next(iter(layers.values)))
-    return HfConfig(
-        {
-            "head_dim": c.values.get("global_head_dim"),
-            "num_key_value_heads": c.values.get("num_global_key_value_heads"),
-        },
-        c.where,
-    )
 
 
 def _experts(layer: RuleTable) -> None:

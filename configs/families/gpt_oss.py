@@ -5,7 +5,6 @@ layer are one tensor, and so are their gate and up projections, column by column
 """
 
 from slicecast.configs.families import blocks
-from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Model, ModelOptions, cycle
 from slicecast.convert.mapping.table import RuleTable
@@ -19,12 +18,7 @@ _CYCLE = ("sliding_attention", "full_attention")
 def model(c: HfConfig, architecture: str, options: ModelOptions) -> Model:
     """The rules for a gpt-oss checkpoint."""
     layers = c.integer("num_hidden_layers")
-    if layers % len(_CYCLE):
-        raise ConfigError(
-            f"{c.where}: field 'num_hidden_layers' is {layers}, which is not supported: MaxText's gpt-oss is made "
-            f"of cycles of {len(_CYCLE)} layers."
-        )
-    c.refuse("layer_types", list(_CYCLE) * (layers // len(_CYCLE)), why=f"MaxText repeats {', '.join(_CYCLE)}.")
+    blocks.take_turns(c, _CYCLE)
     c.refuse("attention_bias", True, why="MaxText's gpt-oss attention has biases.")
     c.refuse("tie_word_embeddings", False, why="MaxText's gpt-oss has an output layer of its own.")
     experts, intermediate = c.integer("num_local_experts"), c.integer("intermediate_size")
@@ -49,12 +43,4 @@ def model(c: HfConfig, architecture: str, options: ModelOptions) -> Model:
             mlp.add("experts.gate_up_proj_bias", f"exp (activation_mlp {half}/2)", f"{leaf}_bias")
         mlp.add("experts.down_proj", "exp mlp_moe embed_moe", "wo")
         mlp.add("experts.down_proj_bias", "exp activation_embed", "wo_bias")
-    return Model(
-        family="gpt_oss",
-        description=(
-            f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
-            f"vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=table.rules,
-        notes=tuple(blocks.vocabulary_notes(table)),
-    )
+    return blocks.model("gpt_oss", architecture, c, table, experts=experts)

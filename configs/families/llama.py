@@ -22,16 +22,8 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     config.refuse("mlp_bias", False, why="MaxText's Llama MLP has no bias.")
     interleaved, note = _rotates_neighbors(config, options.model_name, options.rope_type)
     table = _table(config, options, interleaved)
-    return Model(
-        family="llama",
-        description=(
-            f"{architecture}: {config.integer('num_hidden_layers')} layers, hidden {config.integer('hidden_size')}, "
-            f"vocabulary {config.integer('vocab_size')}"
-        ),
-        rules=table.rules,
-        ignores=tuple(_ignores(config)),
-        notes=(f"rotary layout {note}", *blocks.vocabulary_notes(table)),
-    )
+    notes = [f"rotary layout {note}"]
+    return blocks.model("llama", architecture, config, table, ignores=_ignores(config), notes=notes)
 
 
 def _rotates_neighbors(config: HfConfig, model_name: str | None, rope_type: str | None) -> tuple[bool, str]:
@@ -75,6 +67,5 @@ def _table(c: HfConfig, options: ModelOptions, interleaved: bool) -> RuleTable:
 
 
 def _ignores(c: HfConfig) -> Iterator[Ignore]:
-    yield blocks.ROTARY_FREQUENCIES
     if c.flag("tie_word_embeddings", False):
         yield Ignore(r"lm_head\.weight", "config.json ties the output layer to the embedding")

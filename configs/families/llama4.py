@@ -44,21 +44,12 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
             blocks.mlp(layer.within("feed_forward", "mlp", mlp=sizes["dense"]))
         else:
             _experts(layer.within("feed_forward", "Llama4MoEBlock_0"))
-    ignores = [blocks.ROTARY_FREQUENCIES]
+    ignores = []
     if options.use_multimodal:
         llama4_vision.add(config.require_section("vision_config"), table, c.integer("hidden_size"))
     else:
         ignores.append(Ignore(r"(vision_model|multi_modal_projector)\..*", "vision needs --use_multimodal"))
-    return Model(
-        family="llama4",
-        description=(
-            f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
-            f"vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=table.rules,
-        ignores=ignores,
-        notes=tuple(blocks.vocabulary_notes(table)),
-    )
+    return blocks.model("llama4", architecture, c, table, experts=experts, ignores=ignores)
 
 
 def _experts(table: RuleTable) -> None:

@@ -25,13 +25,4 @@ def model(c: HfConfig, architecture: str, options: ModelOptions) -> Model:
     moe = layer.within("block_sparse_moe", "MoeBlock_0")
     moe.add("gate.weight", ":exp embed -> embed :exp", "gate/kernel")
     blocks.experts(moe.within("experts.{expert}", ""), experts, ("w1", "w3", "w2"))
-    return Model(
-        family="mixtral",
-        description=(
-            f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
-            f"vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=table.rules,
-        ignores=(blocks.ROTARY_FREQUENCIES,),
-        notes=tuple(blocks.vocabulary_notes(table)),
-    )
+    return blocks.model("mixtral", architecture, c, table, experts=experts)

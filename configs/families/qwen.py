@@ -51,32 +51,22 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     if variant.norms is not None:
         c.refuse("attention_bias", False, why="MaxText's Qwen 3 attention has no bias.")
     experts = c.integer("num_experts") if variant.experts else 0
-    tied, layers = outer.flag("tie_word_embeddings", False), c.integer("num_hidden_layers")
+    tied = outer.flag("tie_word_embeddings", False)
     multimodal = variant.visual is not None and options.use_multimodal is not False
     tables = [
         _table(outer, c, variant, options, form, tied=tied, multimodal=multimodal)
         for form in variant.experts or ("separate",)
     ]
-    ignores = [blocks.ROTARY_FREQUENCIES]
+    ignores = []
     if tied:
         ignores.append(Ignore(rf"{variant.head}\.weight", "config.json ties the output layer to the embedding"))
     if variant.omni:
         ignores.append(Ignore(r"(talker|code2wav)\..*", "MaxText's model reads speech, and does not speak"))
     if variant.visual and not multimodal:
         ignores.append(Ignore(r"(model|thinker)\.(visual|audio_tower)\..*", "--use_multimodal=false"))
-    return Model(
-        family="qwen",
-        description=(
-            f"{architecture}: {layers} layers, {f'{experts} experts, ' if experts else ''}"
-            f"hidden {c.integer('hidden_size')}, vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=tables[0].rules,
-        other_forms=[table.rules for table in tables[1:]],
-        ignores=ignores,
-        notes=tuple(blocks.vocabulary_notes(tables[0])),
-        # MaxText adds the vision tower's features to single layers.
-        unscanned_only="" if variant.visual is None else "its vision features enter layer by layer",
-    )
+    # MaxText adds the vision tower's features to single layers.
+    why = "" if variant.visual is None else "its vision features enter layer by layer"
+    return blocks.model("qwen", architecture, c, *tables, experts=experts, ignores=ignores, unscanned_only=why)
 
 
 def _table(

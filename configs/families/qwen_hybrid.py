@@ -1,7 +1,6 @@
 """Qwen 3-Next and Qwen 3.5: three layers of gated linear attention, then one of gated softmax attention, in turns."""
 
 from slicecast.configs.families import blocks, qwen_vision
-from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Ignore, LayerAxis, Layers, Model, ModelOptions, cycle
 from slicecast.convert.mapping.table import RuleTable
@@ -10,22 +9,14 @@ _NEXT = "Qwen3NextForCausalLM"
 _MULTIMODAL = "Qwen3_5MoeForConditionalGeneration"
 ARCHITECTURES = (_NEXT, _MULTIMODAL, "Qwen3_5MoeForCausalLM")
 
-# The last layer of each cycle attends with softmax.
-_CYCLE = 4
+_CYCLE = ("linear_attention",) * 3 + ("full_attention",)
 
 
 def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     """The rules for a Qwen 3-Next or Qwen 3.5 checkpoint."""
     c = config.section("text_config") or config
-    layers, experts = c.integer("num_hidden_layers"), c.integer("num_experts")
-    if layers % _CYCLE:
-        raise ConfigError(
-            f"{c.where}: field 'num_hidden_layers' is {layers}, which is not supported: MaxText's model is made of "
-            f"cycles of {_CYCLE} layers."
-        )
-    kinds = ["linear_attention"] * (_CYCLE - 1) + ["full_attention"]
-    c.refuse("layer_types", kinds * (layers // _CYCLE), why=f"MaxText repeats {', '.join(kinds)}.")
-    c.refuse("full_attention_interval", _CYCLE, why=f"in MaxText every layer of {_CYCLE} has full attention.")
+    blocks.take_turns(c, _CYCLE)
+    c.refuse("full_attention_interval", len(_CYCLE), why=f"in MaxText every layer of {_CYCLE} has full attention.")
     c.refuse("attention_bias", False, why="MaxText's attention has no bias.")
     c.refuse("mlp_only_layers", [], why="MaxText has an expert block in every layer.")
     c.refuse("decoder_sparse_step", 1, why="MaxText has an expert block in every layer.")
@@ -33,23 +24,10 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     # Qwen 3-Next has the experts one by one, Qwen 3.5 in one tensor unless it is quantized.
     forms: list[blocks.ExpertsForm] = ["separate", "fused"] if architecture == _NEXT else ["fused", "separate"]
     tables = [_table(config, c, architecture, options, form) for form in forms]
-    ignores = [
-        blocks.ROTARY_FREQUENCIES,
-        Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family"),
-    ]
+    ignores = [Ignore(r"mtp\..*", "MaxText's model has no multi-token prediction for this family")]
     if not options.use_multimodal:
         ignores.append(Ignore(r"model\.visual\..*", "vision needs --use_multimodal"))
-    return Model(
-        family="qwen_hybrid",
-        description=(
-            f"{architecture}: {layers} layers, {experts} experts, hidden {c.integer('hidden_size')}, "
-            f"vocabulary {c.integer('vocab_size')}"
-        ),
-        rules=tables[0].rules,
-        other_forms=[table.rules for table in tables[1:]],
-        ignores=ignores,
-        notes=tuple(blocks.vocabulary_notes(tables[0])),
-    )
+    return blocks.model("qwen_hybrid", architecture, c, *tables, experts=c.integer("num_experts"), ignores=ignores)
 
 
 def _table(
@@ -64,7 +42,7 @@ def _table(
         layer = table.within(f"{prefix}.layers.{{layer}}", "decoder/{layers}", kind)
         layer.add("input_layernorm.weight", ":hidden", "input_layernorm/scale")
         layer.add("post_attention_layernorm.weight", ":hidden", "post_attention_layernorm/scale")
-        if kind.start == _CYCLE - 1:
+        if kind.start == len(_CYCLE) - 1:
             _softmax_attention(layer.within("self_attn", "attention/attention"))
         else:
             _linear_attention(c, layer.within("linear_attn", "attention"), joined=architecture == _NEXT)
@@ -110,11 +88,11 @@ def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
 def _kinds(layers: int, *, nested: bool) -> list[Layers]:
     """MaxText scans over cycles; in Qwen 3-Next it scans over the three linear layers of each cycle too."""
     if not nested:
-        return cycle(layers, _CYCLE, "layers/layer_{}")
-    repeats = LayerAxis("layers", layers // _CYCLE, _CYCLE)
+        return cycle(layers, len(_CYCLE), "layers/layer_{}")
+    repeats = LayerAxis("layers", layers // len(_CYCLE), len(_CYCLE))
     return [
-        Layers(0, (repeats, LayerAxis("local_layers", _CYCLE - 1)), "layers/local_layers"),
-        Layers(_CYCLE - 1, (repeats,), "layers/global_layer"),
+        Layers(0, (repeats, LayerAxis("local_layers", len(_CYCLE) - 1)), "layers/local_layers"),
+        Layers(len(_CYCLE) - 1, (repeats,), "layers/global_layer"),
     ]
 
 
