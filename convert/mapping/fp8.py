@@ -99,6 +99,11 @@ def _scales(tensor: StoredTensor, block: int) -> StoredTensor:
             takes.append((member, first, first + share * groups))
         return joined.stored(tensor.name, shape, members, tuple(takes), groups)
     scale = tensor.parts[1].tensor
+    if scale.dtype not in FLOAT_DTYPES:
+        raise UnsupportedFormatError(
+            f"{scale.file}: tensor '{scale.name}' is {scale.dtype}; MaxText's FP8 models have plain numbers as scales. "
+            "Use --save_dtype=bfloat16."
+        )
     dtype = FLOAT_DTYPES[scale.dtype]
     return StoredTensor(scale.name, shape, plain.Plain(dtype.name), (Part(scale, dtype, shape),))
 

@@ -1,6 +1,7 @@
 """Matches a model's rules with a checkpoint's tensors: every source tensor is used once, or ignored with a reason."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,7 +58,7 @@ def resolve(
         PlanErrors: All missing, surplus, misshapen and unsupported tensors, together.
     """
     errors: list[SlicecastError] = []
-    resolved = []
+    resolved: list[ResolvedLeaf] = []
     used: set[str] = set()
     failed: set[str] = set()
     rules, spelling = _form(model, checkpoint)
@@ -73,20 +74,25 @@ def resolve(
                 else:
                     used.update(stored.names)
                     sources[coordinate] = stored
-            kept = None
-            if layout.save_dtype == FP8 and len(sources) == len(list(leaf.coordinates(Box.whole(leaf.shape)))):
+            if len(sources) == math.prod(stack.size for _, stack in leaf.stacked):
                 try:
-                    kept = fp8.keep(leaf, sources)
+                    resolved += _as_stored(ResolvedLeaf(leaf, sources), layout)
                 except SlicecastError as error:
                     errors.append(error)
-            if kept is None:
-                resolved.append(_narrowed(ResolvedLeaf(leaf, sources)))
-            else:
-                resolved += map(ResolvedLeaf, kept.leaves, kept.sources)
+    if layout.save_dtype == FP8 and not errors and not any(item.leaf.dtype == FP8 for item in resolved):
+        errors.append(UnsupportedFormatError(f"--save_dtype={FP8}: this checkpoint has no FP8 weights to keep."))
     ignored, unused = _leftovers(checkpoint, model, used, failed)
     if errors or unused:
         raise PlanErrors(_abridge(errors + unused))
     return resolved, ignored
+
+
+def _as_stored(resolved: ResolvedLeaf, layout: Layout) -> list[ResolvedLeaf]:
+    """What a leaf becomes for the way in which its tensors are stored: itself, but for FP8 that stays FP8."""
+    kept = fp8.keep(resolved.leaf, resolved.sources) if layout.save_dtype == FP8 else None
+    if kept is None:
+        return [_narrowed(resolved)]
+    return [ResolvedLeaf(leaf, sources) for leaf, sources in zip(kept.leaves, kept.sources, strict=True)]
 
 
 def _narrowed(resolved: ResolvedLeaf) -> ResolvedLeaf:
