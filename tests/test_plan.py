@@ -452,7 +452,9 @@ def test_the_digest_changes_with_all_that_is_written(monkeypatch: pytest.MonkeyP
         "offset": make_plan(replace(source, tensors=moved)),
         "file": make_plan(replace(source, tensors=other_file)),
         "stored dtype": make_plan(replace(source, tensors=half)),
-        "rotary layout": make_plan(source, model=families.recognize(source.config, ModelOptions(model_name="llama3-8b"))),
+        "rotary layout": make_plan(
+            source, model=families.recognize(source.config, ModelOptions(model_name="llama3-8b"))
+        ),
         "ops": make_plan(source, model=replace(model, rules=[*rules[:query], unscaled, *rules[query + 1 :]])),
         "path": make_plan(source, model=replace(model, rules=[*rules[:query], renamed, *rules[query + 1 :]])),
     }
