@@ -20,9 +20,9 @@ import numpy.typing as npt
 import pytest
 import samples
 import stored as checkpoints
+import tiny_models
 from jax.sharding import Mesh
 
-from slicecast.configs import families
 from slicecast.convert import definition, device, verify
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.codecs import detect
@@ -30,7 +30,7 @@ from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.codecs.quantization_config import QuantizationConfig
 from slicecast.convert.device import DeviceRunner, Step
 from slicecast.convert.mapping import ops
-from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Split, Stride, Transpose
+from slicecast.convert.mapping.ops import InterleaveHalves, Offset, Op, Scale, Slice, Split, Stride, Transpose
 from slicecast.convert.mapping.rules import ModelOptions
 from slicecast.convert.memory import chips_used
 from slicecast.convert.source.safetensors_header import TensorInfo
@@ -40,8 +40,10 @@ Array = npt.NDArray[Any]
 DEVICES = 8
 INT4 = QuantizationConfig("compressed-tensors", "compressed-tensors pack-quantized", bits=frozenset((4,)))
 
-# Every chain of ops that the families use (checked below): the source, and the target axis that follows its rows.
+# The ways in which the families' chains of ops use the device step, each with the source, and the target axis that
+# follows its rows.
 ROTARY = InterleaveHalves()
+LAST_ROWS = Slice(0, 8, 32)
 CHAINS: dict[str, tuple[tuple[Op, ...], Shape, int]] = {
     "copy 1d": ((), (24,), 0),
     "copy": ((), (24, 10), 0),
@@ -55,6 +57,16 @@ CHAINS: dict[str, tuple[tuple[Op, ...], Shape, int]] = {
     "scale": ((Transpose(), Split(1, (4, 6)), Scale(6**-0.5)), (24, 16), 1),
     "rotary": ((Transpose(), Split(1, (4, 6)), ROTARY), (24, 16), 1),
     "rotary scale": ((Transpose(), Split(1, (4, 6)), ROTARY, Scale(6**-0.5)), (24, 16), 1),
+    "offset": ((Offset(1.0),), (24,), 0),
+    "heads turned": ((Split(0, (4, 6)), Transpose((0, 2, 1))), (24, 10), 0),
+    "experts turned": ((Transpose((0, 2, 1)),), (24, 4, 5), 0),
+    "half of the experts' rows": ((Slice(1, 4, 8), Transpose((0, 2, 1))), (24, 8, 5), 0),
+    "half of the columns": ((Slice(2, 0, 5),), (24, 4, 10), 0),
+    "patches": ((Transpose((2, 3, 4, 1, 0)),), (24, 3, 2, 4, 5), 4),
+    "rows": ((LAST_ROWS,), (40,), 0),
+    "rows in heads": ((LAST_ROWS, Split(0, (4, 6))), (40,), 0),
+    "rows turned": ((LAST_ROWS, Transpose()), (40, 16), 1),
+    "rows turned in heads": ((LAST_ROWS, Transpose(), Split(1, (4, 6))), (40, 16), 1),
 }
 
 
@@ -143,17 +155,22 @@ def make_step(
     return Step(tensor.codec, chain, tensor.shape, element.shape, row_axis, dtype)
 
 
+def rows_taken(chain: tuple[Op, ...]) -> slice:
+    """The rows that are read for a chain: where it begins with a range of them, no others."""
+    return slice(LAST_ROWS.start, LAST_ROWS.stop) if chain[:1] == (LAST_ROWS,) else slice(None)
+
+
 def independent(tensor: StoredTensor, step: Step, parts: Sequence[Array]) -> Array:
     """What `verify` expects: the tensors written to a file, and its own decoding and layout of each."""
     values = []
-    rows = parts[0].shape[1]
+    start, stop, _ = rows_taken(step.ops).indices(parts[0].shape[1])
     for i in range(len(parts[0])):
         with tempfile.TemporaryDirectory() as directory:
             with open(os.path.join(directory, "w"), "wb") as file:
                 for part, info in zip(parts, tensor.parts, strict=True):
                     file.seek(info.tensor.offset)
                     file.write(part[i].tobytes())
-            x = definition.rows(directory, tensor, 0, rows)
+            x = definition.rows(directory, tensor, start, stop)
         values.append(verify.layout(step.ops, x).reshape(step.element).astype(step.dtype))
     return np.stack(values)
 
@@ -167,24 +184,18 @@ def assert_same_bits(found: Array, wanted: Array) -> None:
 
 
 def test_the_chains_are_those_of_the_families() -> None:
-    llama = {"hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "vocab_size": 9, "head_dim": 6}
-    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    deepseek = {"hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 3, "vocab_size": 9, "q_lora_rank": 5}
-    deepseek |= {"num_attention_heads": 4, "kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4}
-    deepseek |= {"v_head_dim": 6, "first_k_dense_replace": 1, "moe_intermediate_size": 8, "n_routed_experts": 3}
-    models = [
-        families.recognize(llama | {"architectures": ["LlamaForCausalLM"]}, ModelOptions(model_name=name))
-        for name in ("llama3.1-8b", "llama2-7b")
-    ]
-    models.append(families.recognize(deepseek | {"architectures": ["DeepseekV3ForCausalLM"]}))
-    gpt_oss = llama | {"num_local_experts": 3, "layer_types": ["sliding_attention", "full_attention"]}
-    gpt_oss |= {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "tie_word_embeddings": False}
-    models.append(families.recognize(gpt_oss))
+    """Axes and their order are counted; which rows are taken is not."""
 
     def kind(chain: tuple[Op, ...], shape: Shape) -> tuple[object, ...]:
-        return (len(shape), *((type(op), getattr(op, "axis", None)) for op in chain))
+        details = [getattr(op, "order", getattr(op, "axis", None)) for op in chain]
+        return (len(shape), *zip(map(type, chain), details, strict=True))
 
+    models = [tiny_models.model(name) for name in tiny_models.CONFIGS]
+    models.append(tiny_models.model("llama", ModelOptions(rope_type="llama3.1")))
     found = {kind(rule.ops, rule.shape) for model in models for rule in model.rules}
+    # These differ from others in what the device step does not look at.
+    found -= {kind((Scale(2.0),), (24, 10)), kind((Transpose((2, 1, 0)),), (24, 4, 5))}
+    found -= {kind((Transpose((2, 3, 1, 0)),), (24, 4, 5, 3))}
     assert found == {kind(chain, shape) for chain, shape, _ in CHAINS.values()}
 
 
@@ -194,9 +205,10 @@ def test_every_batch_size_on_eight_devices(child: Callable[..., Any], chain: str
     chain_ops, shape, row_axis = CHAINS[chain]
     tensor = stored("BF16", shape)
     step = make_step(tensor, chain_ops, row_axis, "bfloat16")
-    parts = random_parts(tensor, 9)
+    whole = random_parts(tensor, 9)
+    parts = [part[:, rows_taken(chain_ops)] for part in whole]
     single = child(_run, 1, step, parts)
-    assert_same_bits(single, independent(tensor, step, parts))
+    assert_same_bits(single, independent(tensor, step, whole))
     for batch, found in enumerate(
         child(_run_all, DEVICES, step, [[part[:n] for part in parts] for n in range(1, 10)]), 1
     ):
@@ -212,6 +224,10 @@ def test_every_batch_size_on_eight_devices(child: Callable[..., Any], chain: str
         ("BF16", "copy", "float32"),
         ("F32", "copy 1d", "bfloat16"),
         *(("INT4", chain, "bfloat16") for chain in ("transpose", "split out", "split in", "rotary scale")),
+        ("INT4", "heads turned", "bfloat16"),
+        *((dtype, "rows turned in heads", target) for dtype in ("INT4", "F32") for target in ("bfloat16", "float32")),
+        ("BF16", "offset", "float32"),
+        ("F32", "offset", "bfloat16"),
         ("INT4", "transpose", "float32"),
         ("INT4", "rotary scale", "float32"),
         ("INT4 channel", "transpose", "bfloat16"),
@@ -223,8 +239,9 @@ def test_every_codec_and_dtype(child: Callable[..., Any], dtype: str, chain: str
     chain_ops, shape, row_axis = CHAINS[chain]
     tensor = stored(dtype, shape)
     step = make_step(tensor, chain_ops, row_axis, target)
-    parts = random_parts(tensor, batch)
-    wanted = independent(tensor, step, parts)
+    whole = random_parts(tensor, batch)
+    parts = [part[:, rows_taken(chain_ops)] for part in whole]
+    wanted = independent(tensor, step, whole)
     assert_same_bits(child(_run, DEVICES, step, parts), wanted)
 
 

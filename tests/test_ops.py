@@ -10,22 +10,25 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slicecast.configs import families
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import (
     DeinterleaveHalves,
     InterleaveHalves,
     Merge,
+    Offset,
     Op,
     Scale,
+    Slice,
     Split,
     Stride,
     Transpose,
 )
+from slicecast.convert.mapping.rules import ModelOptions
 
 Array = npt.NDArray[Any]
 Case = tuple[tuple[Op, ...], Shape]
@@ -43,9 +46,11 @@ PERMUTES_LAST_AXIS = (InterleaveHalves, DeinterleaveHalves)
 def source_index(op: Op, index: Shape, source: Shape) -> Shape:
     """Which element of the source an op puts at `index`."""
     match op:
-        case Transpose():
-            i, o = index
-            return (o, i)
+        case Transpose(order):
+            origin = dict(zip(order, index, strict=True))
+            return tuple(origin[axis] for axis in range(len(source)))
+        case Slice(axis, start, _):
+            return (*index[:axis], start + index[axis], *index[axis + 1 :])
         case Split(axis, sizes):
             position = 0
             for digit, size in zip(index[axis : axis + len(sizes)], sizes, strict=True):
@@ -66,7 +71,7 @@ def source_index(op: Op, index: Shape, source: Shape) -> Shape:
         case DeinterleaveHalves():
             second, pair = divmod(index[-1], source[-1] // 2)
             return (*index[:-1], 2 * pair + second)
-        case Scale():
+        case Scale() | Offset():
             return index
     raise TypeError(op)
 
@@ -77,14 +82,23 @@ def needed(chain: Sequence[Op], box: Box, source: Shape) -> list[Shape]:
 
 
 def read(chain: Sequence[Op], box: Box, source: Shape) -> list[Shape]:
-    """The source elements that are read for a target box: those needed, and the rest of each period of a stride."""
+    """The source elements that are read for a target box: those needed, and what is read with them.
 
-    def period(op: Op, index: Shape, shape: Shape) -> list[Shape]:
-        if not isinstance(op, Stride):
-            return [source_index(op, index, shape)]
-        return [source_index(Stride(op.axis, start, op.step), index, shape) for start in range(op.step)]
+    That is the rest of each period of a stride, and of each axis but the first of which a range is taken.
+    """
 
-    return _backwards(chain, box, source, period)
+    def with_others(op: Op, index: Shape, shape: Shape) -> list[Shape]:
+        match op:
+            case Stride(axis, _, step):
+                return [source_index(Stride(axis, start, step), index, shape) for start in range(step)]
+            case Slice(axis, start, stop) if axis > 0:
+                # The elements left out come with the first of those that are taken.
+                own = [source_index(op, index, shape)]
+                left_out = [i for i in range(shape[axis]) if not start <= i < stop] if index[axis] == 0 else []
+                return own + [(*index[:axis], i, *index[axis + 1 :]) for i in left_out]
+        return [source_index(op, index, shape)]
+
+    return _backwards(chain, box, source, with_others)
 
 
 def _backwards(
@@ -100,11 +114,13 @@ def _backwards(
 
 
 def expected(chain: Sequence[Op], x: Array, box: Box) -> Array:
-    """The target box of a chain, element by element; scales multiply in float32, in the order of the chain."""
+    """The target box of a chain, element by element; sums and products are float32, in the order of the chain."""
     values = np.array([x[index] for index in needed(chain, box, x.shape)], x.dtype).reshape(box.shape)
     for op in chain:
         if isinstance(op, Scale):
             values = values.astype(np.float32) * np.float32(op.factor)
+        if isinstance(op, Offset):
+            values = values.astype(np.float32) + np.float32(op.term)
     return values
 
 
@@ -160,7 +176,16 @@ def permutations(draw: st.DrawFn) -> Case:
 
 @st.composite
 def transposes(draw: st.DrawFn) -> Case:
-    return (Transpose(),), tuple(draw(shapes(2, 2)))
+    shape = draw(shapes(1, 4))
+    return (Transpose(tuple(draw(st.permutations(range(len(shape)))))),), tuple(shape)
+
+
+@st.composite
+def slices(draw: st.DrawFn) -> Case:
+    shape = draw(shapes())
+    axis = draw(st.integers(0, len(shape) - 1))
+    start = draw(st.integers(0, shape[axis] - 1))
+    return (Slice(axis, start, draw(st.integers(start + 1, shape[axis]))),), tuple(shape)
 
 
 @st.composite
@@ -173,16 +198,17 @@ def strides(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def chains(draw: st.DrawFn, strided: bool = False) -> Case:
-    """Up to four ops that fit one another; a scale is a power of two, so that it loses nothing."""
+def chains(draw: st.DrawFn, partial: bool = False) -> Case:
+    """Up to four ops that fit one another, and do not round; with `partial`, some that leave elements out."""
     source = tuple(draw(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=2)))
     shape, chain = source, list[Op]()
     for _ in range(draw(st.integers(1, 4))):
-        options: list[Op] = [Scale(0.25)]
-        if strided:
+        options: list[Op] = [Scale(0.25), Offset(1.0)]
+        if partial:
             options += [Stride(a, start, 2) for a, size in enumerate(shape) if size % 2 == 0 for start in (0, 1)]
-        if len(shape) == 2:
-            options.append(Transpose())
+            options += [Slice(a, start, start + 2) for a, size in enumerate(shape) for start in range(size - 1)]
+        if len(shape) > 1:
+            options += [Transpose(draw(st.permutations(range(len(shape))).map(tuple))) for _ in range(2)]
         if shape[-1] % 2 == 0:
             options += [InterleaveHalves(), DeinterleaveHalves()]
         for axis, size in enumerate(shape):
@@ -204,39 +230,60 @@ def with_box(draw: st.DrawFn, cases: st.SearchStrategy[Case]) -> tuple[tuple[Op,
     return chain, source, Box(tuple(low for low, _ in ranges), tuple(high for _, high in ranges))
 
 
-def tiny_configs() -> list[dict[str, Any]]:
-    """Configs that together use every chain of ops of the families; all sizes that could be confused differ."""
-    llama: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "vocab_size": 9}
-    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "architectures": ["LlamaForCausalLM"]}
-    deepseek: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 3, "vocab_size": 9}
-    deepseek |= {"num_attention_heads": 4, "kv_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4}
-    deepseek |= {"v_head_dim": 6, "first_k_dense_replace": 1, "moe_intermediate_size": 8, "n_routed_experts": 3}
-    deepseek |= {"n_shared_experts": 1, "architectures": ["DeepseekV3ForCausalLM"]}
-    gpt_oss = llama | {"num_local_experts": 3, "architectures": ["GptOssForCausalLM"]}
-    llama31 = llama | {"rope_scaling": {"rope_type": "llama3"}}
-    return [llama, llama31, deepseek, deepseek | {"q_lora_rank": 7}, gpt_oss]
+def family_chains() -> dict[str, Case]:
+    """Every chain of ops in the families' rules, once, with the sizes of a tiny model."""
+    models = [tiny_models.model(name) for name in tiny_models.CONFIGS]
+    models.append(tiny_models.model("llama", ModelOptions(rope_type="llama3.1")))
+    found: dict[str, Case] = {}
+    for rule in (rule for model in models for rule in model.rules):
+        found.setdefault(f"{len(rule.shape)}d {kind(rule.ops)}".strip(), (rule.ops, rule.shape))
+    return found
 
 
-def family_chains() -> list[Case]:
-    """Every chain of ops in the families' rules, once."""
-    rules = [rule for config in tiny_configs() for rule in families.recognize(config).rules]
-    return list({(tuple(map(type, rule.ops)), len(rule.shape)): (rule.ops, rule.shape) for rule in rules}.values())
+def kind(chain: Sequence[Op]) -> str:
+    """What a chain does, without sizes."""
+    words = []
+    for op in chain:
+        match op:
+            case Transpose(order):
+                words.append("Transpose" + "".join(map(str, order)))
+            case Slice(axis) | Stride(axis) | Split(axis):
+                words.append(f"{type(op).__name__}{axis}")
+            case _:
+                words.append(type(op).__name__)
+    return " ".join(words)
 
 
 # ---- Whole arrays and boxes
 
 
 def test_the_families_use_the_chains_that_are_tested_here() -> None:
-    kinds = {tuple(type(op).__name__ for op in chain) for chain, _ in family_chains()}
-    assert kinds == {
-        (),
-        ("Transpose",),
-        ("Transpose", "Split"),
-        ("Transpose", "Split", "Scale"),
-        ("Transpose", "Split", "InterleaveHalves"),
-        ("Transpose", "Split", "InterleaveHalves", "Scale"),
-        ("Split",),
-        ("Stride",),
+    assert set(family_chains()) == {
+        "1d",
+        "1d Offset",
+        "1d Slice0",
+        "1d Slice0 Split0",
+        "1d Split0",
+        "2d",
+        "2d Scale",
+        "2d Slice0 Transpose10",
+        "2d Slice0 Transpose10 Split1",
+        "2d Split0 Transpose021",
+        "2d Stride1",
+        "2d Transpose10",
+        "2d Transpose10 Split0",
+        "2d Transpose10 Split1",
+        "2d Transpose10 Split1 InterleaveHalves",
+        "2d Transpose10 Split1 InterleaveHalves Scale",
+        "2d Transpose10 Split1 Scale",
+        "3d",
+        "3d Slice1 Transpose021",
+        "3d Slice2",
+        "3d Stride2",
+        "3d Transpose021",
+        "3d Transpose210",
+        "4d Transpose2310",
+        "5d Transpose23410",
     }
 
 
@@ -254,35 +301,44 @@ def check_box(chain: Sequence[Op], source: Shape, box: Box) -> None:
 
 
 @compiled
-@given(with_box(st.one_of(transposes(), splits(), merges(), strides(), permutations(), chains(), chains(strided=True))))
+@given(
+    with_box(
+        st.one_of(transposes(), slices(), splits(), merges(), strides(), permutations(), chains(), chains(partial=True))
+    )
+)
 def test_a_box_is_the_same_box_of_the_whole(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
     chain, source, box = case
-    shapes_of_whole = [step.shape for step in ops.boxes(chain, Box.whole(ops.target_shape(chain, source)), source)[1:]]
+    taken, *steps = ops.boxes(chain, Box.whole(ops.target_shape(chain, source)), source)
     x = numbered(source)
-    whole = ops.apply(chain, jnp.asarray(x), shapes_of_whole)
-    assert_same_bits(whole, expected(chain, x, Box.whole(shapes_of_whole[-1])))
+    whole = ops.apply(chain, jnp.asarray(x[taken.slices]), [step.shape for step in steps])
+    assert_same_bits(whole, expected(chain, x, steps[-1] if steps else taken))
     try:
         check_box(chain, source, box)
     except ValueError:
         return  # Where it is refused, and whether rightly, is tested below.
 
 
-@pytest.mark.parametrize(("chain", "source"), family_chains(), ids=str)
-def test_every_box_along_every_axis_of_the_families_chains(chain: tuple[Op, ...], source: Shape) -> None:
-    """Cuts along each axis; refused only if what is needed is no box, or if the axis is permuted."""
+@pytest.mark.parametrize("name", family_chains())
+def test_every_box_along_every_axis_of_the_families_chains(name: str) -> None:
+    """Cuts along each axis; refused only if what is needed is no box, or if the axis is permuted or partly taken."""
+    chain, source = family_chains()[name]
     target = ops.target_shape(chain, source)
+    all_rows = ops.boxes(chain, Box.whole(target), source)[0].shape[0]
     follow_rows = set()
     for axis, size in enumerate(target):
         for low, high in itertools.combinations(sorted({0, 1, size // 2, size}), 2):
             box = Box.whole(target).with_axis(axis, low, high)
-            points = read(chain, box, source)
             try:
-                check_box(chain, source, box)
+                rows = ops.boxes(chain, box, source)[0].shape[0]
             except ValueError:
                 permuted = axis == len(target) - 1 and any(isinstance(op, PERMUTES_LAST_AXIS) for op in chain)
-                assert permuted or bounds(points).size != len(points)
+                points = needed(chain, box, source)
+                taken = [(op.axis, op.stop - op.start) for op in chain if isinstance(op, Slice) and op.axis > 0]
+                cut = any(bounds(points).shape[axis] < length for axis, length in taken)
+                assert permuted or cut or bounds(points).size != len(points)
             else:
-                if bounds(points).shape[0] < source[0]:
+                check_box(chain, source, box)
+                if rows < all_rows:
                     follow_rows.add(axis)
     # One axis follows the source's rows: it is what lets a tensor be converted in parts.
     assert len(follow_rows) == 1
@@ -327,7 +383,7 @@ def test_strides_read_whole_periods(case: tuple[tuple[Op, ...], Shape, Box]) -> 
     assert ops.boxes(chain, Box.whole(ops.target_shape(chain, source)), source)[0] == Box.whole(source)
 
 
-@thorough
+@compiled
 @given(strides())
 def test_strides_take_a_tensor_apart(case: Case) -> None:
     """All starts of a step together hold each element once."""
@@ -344,6 +400,35 @@ def test_strides_take_a_tensor_apart(case: Case) -> None:
 
 
 @thorough
+@given(with_box(slices()))
+def test_of_a_range_only_rows_are_read_alone(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
+    """The first axis gives exactly what is needed; another one must be whole in the target, and is read whole."""
+    ((op,), source, box) = case
+    assert isinstance(op, Slice)
+    x = numbered(source)
+    index = (slice(None),) * op.axis + (slice(op.start, op.stop),)
+    if op.axis == 0:
+        assert ops.boxes((op,), box, source)[0] == bounds(needed((op,), box, source))
+        assert_same_bits(x[ops.boxes((op,), box, source)[0].slices], x[index][box.slices])
+    elif (box.start[op.axis], box.stop[op.axis]) == (0, op.stop - op.start):
+        assert ops.boxes((op,), box, source)[0] == box.with_axis(op.axis, 0, source[op.axis])
+    else:
+        with pytest.raises(ValueError, match=f"cuts axis {op.axis}"):
+            ops.boxes((op,), box, source)
+
+
+@thorough
+@given(transposes())
+def test_a_transpose_is_numpys(case: Case) -> None:
+    ((op,), source) = case
+    assert isinstance(op, Transpose)
+    x = numbered(source)
+    assert op.shape(source) == x.transpose(op.order).shape
+    assert_same_bits(expected((op,), x, Box.whole(op.shape(source))), np.ascontiguousarray(x.transpose(op.order)))
+    assert_same_bits(x.transpose(op.order).transpose(op.invert(source).order), x)
+
+
+@thorough
 @given(with_box(permutations()))
 def test_a_permuted_axis_must_be_whole(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
     chain, source, box = case
@@ -355,7 +440,7 @@ def test_a_permuted_axis_must_be_whole(case: tuple[tuple[Op, ...], Shape, Box]) 
 
 
 @thorough
-@given(with_box(chains(strided=True)))
+@given(with_box(chains(partial=True)))
 def test_the_place_of_a_box_does_not_change_the_shapes_on_the_way(case: tuple[tuple[Op, ...], Shape, Box]) -> None:
     """The device step is compiled once for all boxes of a shape."""
     chain, source, box = case
@@ -400,10 +485,10 @@ def test_the_inverse_of_the_inverse_is_the_chain(case: Case) -> None:
 
 
 @thorough
-@given(chains(strided=True))
-def test_nothing_undoes_a_stride(case: Case) -> None:
+@given(chains(partial=True))
+def test_nothing_undoes_what_leaves_elements_out(case: Case) -> None:
     chain, source = case
-    if not any(isinstance(op, Stride) for op in chain):
+    if not any(isinstance(op, (Stride, Slice)) for op in chain):
         assert ops.target_shape(ops.invert(chain, source), ops.target_shape(chain, source)) == source
         return
     with pytest.raises(ValueError, match="leaves elements"):
@@ -440,6 +525,26 @@ def test_scale_is_float32_and_rounds_once(factor: float, dtype: Any) -> None:
     assert_same_bits(rounded, wanted.astype(ml_dtypes.bfloat16))
 
 
+@pytest.mark.parametrize("term", [1.0, -1.0, 0.1])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=lambda dtype: np.dtype(dtype).name)
+def test_offset_is_float32_and_rounds_once(term: float, dtype: Any) -> None:
+    """A norm of Gemma near minus one: its sum in bfloat16 would be another number."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.standard_normal(4000), [0.0, -0.0, np.inf, -np.inf, -1.0, -0.99609375, 2.0**-14]])
+    x = x.astype(dtype)
+    # 24 significant bits at exponents this near fit float64, so only the last step rounds.
+    wanted = (x.astype(np.float64) + np.float64(np.float32(term))).astype(np.float32)
+    assert_same_bits(Offset(term).apply(jnp.asarray(x), x.shape), wanted)
+    assert_same_bits(jax.jit(lambda y: Offset(term).apply(y, x.shape))(jnp.asarray(x)), wanted)
+    rounded = jax.jit(lambda y: Offset(term).apply(y, x.shape).astype(jnp.bfloat16))(jnp.asarray(x))
+    assert_same_bits(rounded, wanted.astype(ml_dtypes.bfloat16))
+
+
+def test_which_ops_compute() -> None:
+    """The device step decodes to float32 before these; all others give back the bits that they took."""
+    assert set(ops.COMPUTING) == {Scale, Offset}
+
+
 def test_the_chain_of_llama_queries() -> None:
     """Transpose, split, interleave and scale together: `T[i, h, d] = W[h * D + half(d), i] / sqrt(D)`."""
     hidden, heads, dim = 10, 3, 12
@@ -461,6 +566,13 @@ def test_the_chain_of_llama_queries() -> None:
     [
         (Transpose(), (4,)),
         (Transpose(), (2, 3, 4)),
+        (Transpose((0, 2, 1)), (2, 3)),
+        (Transpose((0, 0)), (2, 3)),
+        (Transpose((0, 1, 1)), (2, 3, 4)),
+        (Slice(0, 2, 5), (4,)),
+        (Slice(1, -1, 2), (4, 5)),
+        (Slice(0, 2, 2), (4,)),
+        (Slice(0, 3, 2), (4,)),
         (Split(0, (2, 3)), (5,)),
         (Split(1, (2, 2)), (4, 5)),
         (InterleaveHalves(), (4, 3)),

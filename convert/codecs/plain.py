@@ -15,6 +15,9 @@ from slicecast.convert.source.safetensors_header import TensorInfo
 # Stored whole numbers, as (header spelling, NumPy dtype).
 INTEGER_DTYPES: dict[str, np.dtype] = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 
+# Up to here float32 has every whole number.
+_EXACT = 1 << 24
+
 
 @dataclass(frozen=True, slots=True)
 class Plain(ValuesCodec):
@@ -63,16 +66,15 @@ class Integers(ValuesCodec):
         """The numbers as float32.
 
         Raises:
-            UnsupportedFormatError: If float32 does not have one of them.
+            UnsupportedFormatError: If one is so large that float32 may not have it.
         """
         (numbers,) = parts
-        values = numbers.astype(np.float32)
-        changed = numbers[values.astype(numbers.dtype) != numbers]
-        if changed.size:
+        beyond = numbers[(numbers > _EXACT) | (numbers < -_EXACT)]
+        if beyond.size:
             raise UnsupportedFormatError(
-                f"holds {changed[0]}, which float32 does not have; in MaxText it is a float32 array."
+                f"holds {beyond[0]}; float32 has every whole number up to {_EXACT}, and in MaxText it is a float32 array."
             )
-        return (values,)
+        return (numbers.astype(np.float32),)
 
     def prepared_bytes(self, parts: Sequence[Part], rows: int) -> int:
         """Their size as float32."""
