@@ -45,6 +45,8 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     variant = _VARIANTS[architecture]
     outer = config.section("thinker_config") or config
     c = outer.section("text_config") or config
+    # transformers 5 saves the number of experts under another name than the published one.
+    c = c.with_defaults({"num_experts": c.values.get("num_local_experts")})
     c.refuse("use_sliding_window", False, why="MaxText's Qwen attends to all tokens.")
     c.refuse("mlp_only_layers", [], why="MaxText's Qwen has an expert block in every layer.")
     c.refuse("decoder_sparse_step", 1, why="MaxText's Qwen has an expert block in every layer.")

@@ -72,7 +72,7 @@ class Integers(ValuesCodec):
         beyond = numbers[(numbers > _EXACT) | (numbers < -_EXACT)]
         if beyond.size:
             raise UnsupportedFormatError(
-                f"holds {beyond[0]}; float32 has every whole number up to {_EXACT}, and in MaxText it is a float32 array."
+                f"holds {beyond[0]}; float32 has every whole number up to {_EXACT}, and MaxText keeps float32 here."
             )
         return (numbers.astype(np.float32),)
 

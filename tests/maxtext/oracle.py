@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import maxtext
 import numpy as np
 import orbax.checkpoint as ocp
-from cases import TOKENS, Case
+from case import Case, Layout
 from flax import nnx
 from maxtext.common import checkpointing
 from maxtext.configs import pyconfig
@@ -28,7 +28,6 @@ _SETTINGS = (
     "dtype=float32",
     "enable_checkpointing=false",
     "hardware=cpu",
-    f"max_target_length={TOKENS}",
     "matmul_precision=highest",
     "megablox=false",
     "override_model_config=true",
@@ -39,14 +38,12 @@ _SETTINGS = (
 )
 
 
-def config(case: Case, scan_layers: bool, items: Path) -> Any:
+def config(case: Case, layout: Layout, items: Path) -> Any:
     """Returns MaxText's config of a case whose checkpoint is at `items`."""
-    scratch = items.parents[
-        2
-    ]  # the case's folder: MaxText writes its logs and its cache of compiled programs somewhere
+    scratch = items.parents[2]  # the case's folder: MaxText writes its logs and its compiled programs somewhere
     settings = [
         *_SETTINGS,
-        *case.maxtext_settings(scan_layers),
+        *case.maxtext_settings(layout),
         f"base_output_directory={scratch / 'maxtext_output'}",
         f"jax_cache_dir={scratch.parent / 'jax_cache'}",
         f"load_parameters_path={items}",
