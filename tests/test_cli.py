@@ -325,7 +325,7 @@ def test_plan_for_people(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -
     out, err = capsys.readouterr()
     assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith((" ", "host m", "chip m")))
-    assert "KimiK25ForConditionalGeneration: 3 layers (1 dense), 8 experts" in lines["model"]
+    assert "KimiK25ForConditionalGeneration: 3 layers, 8 experts" in lines["model"]
     assert lines["source"].startswith("3 files, ")
     assert "48 x int4 pack-quantized, group 32" in lines["formats"]
     assert lines["hosts"].startswith("2 with 4 devices each")
