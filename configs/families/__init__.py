@@ -35,9 +35,9 @@ class Family:
         title: Its models, as people call them.
         rules: The module with its rules: `ARCHITECTURES`, and `model(config, architecture, options)`.
         models: How MaxText's names of its models begin.
-        compared: What was compared with other programs on tiny models, in both layouts where there are two: `logits`
-            with those of transformers, `bits` with what MaxText's converter writes. Every model's tree is compared
-            with MaxText's.
+        compared: What was compared with other programs on tiny models: `logits` with those of transformers, in both
+            layouts where there are two; `bits` with what MaxText's converter writes, in the layouts that it can
+            write. Every model's tree is compared with MaxText's.
     """
 
     title: str

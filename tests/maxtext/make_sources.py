@@ -2,8 +2,8 @@
 
     python make_sources.py OUT_DIR
 
-For each case of `cases.py` this writes `OUT_DIR/<case>/hf` (the checkpoint, in several files, written by transformers'
-`save_pretrained`, or quantized by `quantize.py`) and `OUT_DIR/<case>/expected.npz` (the token ids, their positions, and
+For each case of `cases.py` this writes `OUT_DIR/<case>/hf` (the checkpoint, in several files, in the form in which such
+models are published; `quantize.py` quantizes) and `OUT_DIR/<case>/expected.npz` (the token ids, their positions, and
 the logits in float32). Runs in the test environment, which has torch.
 """
 
@@ -39,6 +39,9 @@ _OUTPUT_NORMS = ("gemma2", "gemma3", "gemma4", "olmo3")
 # Their experts' weights are stored with the inputs before the outputs.
 _INPUTS_FIRST = ("gpt_oss", "llama4")
 
+# Weights of Gemma 4 that transformers does not call parameters: of its layers, and of what its vision tower returns.
+_SAVED_BUFFERS = ("layer_scalar", "std_bias", "std_scale")
+
 # Parameters that are around zero beside the biases: of the hyper-connections and the attention of DeepSeek-V4.
 _AROUND_ZERO = ("base", "hc_base", "sinks")
 
@@ -67,9 +70,8 @@ def _initial(case: Case) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config, **_EAGER)
     arguments = {"text_config": dict(case.config), **case.wrapper}
     if case.architecture == "qwen3_omni_moe":
-        config = transformers.AutoConfig.for_model(
-            case.architecture, thinker_config=arguments, enable_audio_output=False
-        )
+        thinker = {"thinker_config": arguments, "enable_audio_output": False}
+        config = transformers.AutoConfig.for_model(case.architecture, **thinker)
         return transformers.Qwen3OmniMoeForConditionalGeneration._from_config(config, **_EAGER)
     config = transformers.AutoConfig.for_model(case.architecture, **arguments)
     return transformers.AutoModelForImageTextToText.from_config(config, **_EAGER)
@@ -104,8 +106,11 @@ def build(case: Case) -> nn.Module:
             if name.endswith("e_score_correction_bias"):
                 # Wide enough to change which experts are chosen; float32 in all published checkpoints.
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=random))
-            elif name.endswith("layer_scalar"):
+            elif name.endswith(_SAVED_BUFFERS):
                 buffer.copy_((1 + 0.3 * torch.randn(buffer.shape, generator=random)).to(dtype))
+            elif name.endswith("embed_scale") and case.architecture == "gemma3":
+                # As in the bfloat16 model that is published, and that MaxText's converter takes for its own.
+                buffer.copy_(buffer.bfloat16())
             elif name.endswith("tid2eid"):
                 # Each token's experts, which are different ones.
                 experts = torch.rand(len(buffer), case.config["n_routed_experts"], generator=random).argsort()
@@ -121,9 +126,11 @@ def round_head(model: nn.Module) -> None:
     """
     config = model.config.get_text_config()
     if config.tie_word_embeddings:
-        scale = config.hidden_size**0.5 if config.model_type.startswith("gemma") else 1.0
-        table = model.get_input_embeddings().weight
-        model.get_output_embeddings().weight = nn.Parameter((table * scale).bfloat16().float() / scale)
+        embedding = model.get_input_embeddings()
+        scale = getattr(embedding, "embed_scale", 1.0)
+        # MaxText divides the logits again, and by the root itself where transformers multiplies with a rounded one.
+        divisor = config.hidden_size**0.5 if config.model_type.startswith("gemma") else 1.0
+        model.get_output_embeddings().weight = nn.Parameter((embedding.weight * scale).bfloat16().float() / divisor)
 
 
 def logits(model: nn.Module, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -142,11 +149,11 @@ def logits(model: nn.Module, ids: np.ndarray, positions: np.ndarray) -> np.ndarr
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the weights, which are parameters but for the scalars of Gemma 4's layers."""
+    """Casts the weights, which are parameters but for some of Gemma 4's."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for name, buffer in model.named_buffers():
-        if name.endswith("layer_scalar"):
+        if name.endswith(_SAVED_BUFFERS):
             buffer.data = buffer.data.to(dtype)
 
 
@@ -206,7 +213,6 @@ def write_quantized(model: nn.Module, case: Case, folder: Path) -> nn.Module:
     if case.multimodal:
         stored = {f"language_model.{name}": tensor for name, tensor in stored.items()}
         stored |= {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in _VISION_TENSORS.items()}
-
     write_files(stored, _published_config(model, case, quantized.config), folder)
 
     with tempfile.TemporaryDirectory() as unquantized:
@@ -269,9 +275,10 @@ def make_source(case: Case, folder: Path) -> None:
     """Writes the checkpoint and the expected logits of one case."""
     random = np.random.default_rng(zlib.crc32(case.name.encode()))
     ids = random.integers(0, case.tokens, (1, case.length))
-    # Only distances matter to RoPE: gaps make them long enough for the scaled, slow frequencies to show. DeepSeek-V4
-    # joins tokens that follow one another.
-    gaps = random.integers(1, 12 if "compress_ratios" not in case.config else 2, (1, case.length))
+    # Only distances matter to RoPE: gaps make them long enough for the scaled, slow frequencies to show. There can be
+    # none in DeepSeek-V4, which joins tokens that follow one another.
+    longest = 1 if case.architecture == "deepseek_v4" else 11
+    gaps = random.integers(1, longest, (1, case.length), endpoint=True)
     positions = np.cumsum(gaps, axis=-1) - gaps[:, :1]
     if case.predicts_more:
         expected = write_with_prediction_layer(case, ids, positions, folder / "hf")

@@ -73,15 +73,23 @@ def abstract_shapes(settings: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(value.shape) for path, value in _flat(_weights(model)).items()}
 
 
-def read_disk(items: Path) -> Tree:
-    """Returns the arrays of a checkpoint as they are on disk, in their own dtypes, without MaxText."""
+def read_collections(items: Path) -> Tree:
+    """Returns the arrays of a checkpoint as they are on disk, in their own dtypes, without MaxText.
+
+    Paths begin with the collection, such as `params`.
+    """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = {"params": {"params": checkpointer.metadata(items).item_metadata.tree["params"]["params"]}}
+        tree = {"params": checkpointer.metadata(items).item_metadata.tree["params"]}
         # As numpy arrays, for the devices that the checkpoint was written with are not here.
         to_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        tree = checkpointer.restore(items, item=tree, restore_args=to_numpy, transforms={})["params"]["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+        collections = checkpointer.restore(items, item=tree, restore_args=to_numpy, transforms={})["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(collections)
     return {"/".join(str(key.key) for key in path): np.asarray(value) for path, value in leaves}
+
+
+def read_disk(items: Path) -> Tree:
+    """Returns the parameters as they are on disk: a checkpoint that MaxText's readers load has nothing else."""
+    return {path.removeprefix("params/"): array for path, array in read_collections(items).items()}
 
 
 def read_for_pretraining(settings: Any) -> Tree:
@@ -105,17 +113,43 @@ class Model:
         self.weights = _arrays(_weights(model))
         self._graph, self._state = nnx.split(model)
         self._forward: Callable[..., jax.Array] = jax.jit(self._call)
+        self._prediction: Callable[..., jax.Array] = jax.jit(self._call_for_prediction)
 
     def _call(self, state: nnx.State, ids: jax.Array, positions: jax.Array) -> jax.Array:
         model = nnx.merge(self._graph, state)
         segments = jnp.ones_like(ids)
         return model(ids, positions, segments, enable_dropout=False, model_mode="train")
 
+    def _call_for_prediction(self, state: nnx.State, ids: jax.Array, positions: jax.Array) -> jax.Array:
+        model = nnx.merge(self._graph, state)
+        # As MaxText's input pipeline makes them: each token's target is the next one, and the last has none.
+        targets = {
+            "decoder_target_tokens": jnp.roll(ids, -1),
+            "decoder_target_mask": jnp.ones_like(ids).at[:, -1].set(0),
+        }
+        segments = jnp.ones_like(ids)
+        model(ids, positions, segments, enable_dropout=False, model_mode="train", **targets)
+        return model.mtp_block.losses.get_value() / model.mtp_block.weights.get_value()
+
     def logits(self, ids: np.ndarray, positions: np.ndarray, changes: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns the logits, `[batch, tokens, vocab]` in float32, with `changes` in place of loaded leaves."""
+        return np.asarray(self._forward(self._changed(changes), *_text(ids, positions)))
+
+    def prediction_loss(self, ids: np.ndarray, positions: np.ndarray, changes: Mapping[str, np.ndarray]) -> float:
+        """Returns the mean loss of the layer for multi-token prediction."""
+        (loss,) = np.asarray(self._prediction(self._changed(changes), *_text(ids, positions)))
+        return float(loss)
+
+    def _changed(self, changes: Mapping[str, np.ndarray]) -> nnx.State:
+        """Returns the model's variables with `changes` in place of loaded leaves."""
         state = jax.tree.map(lambda leaf: leaf, self._state)  # new variables: the loaded ones stay as they are
         flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
         for path, value in changes.items():
             # The same sharding, or the program would be compiled again.
             flat[path].set_value(jax.device_put(value, flat[path].get_value().sharding))
-        return np.asarray(self._forward(state, jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32)))
+        return state
+
+
+def _text(ids: np.ndarray, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Returns a text as MaxText takes it."""
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32)

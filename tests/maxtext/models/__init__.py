@@ -1,0 +1,1 @@
+"""The tiny models, a file for each family. Each has its models in `CASES`."""
