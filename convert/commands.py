@@ -104,6 +104,8 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
             "Add --scan_layers=false."
         )
     quantization = quantization_config.read(checkpoint.config, checkpoint.side_configs)
+    version = settings.maxtext_version or maxtext.VERSION
+    maxtext.model_names(version)  # Refuses a release that is not known, whether or not a model is named.
     resolved, ignored = resolve.resolve(checkpoint, model, layout, quantization)
     if settings.model_name is not None and not settings.override_model_config:
         maxtext.check(
@@ -112,7 +114,7 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
             [item.leaf for item in resolved],
             enable_mtp=settings.enable_mtp,
             use_multimodal=settings.use_multimodal,
-            version=settings.maxtext_version or maxtext.VERSION,
+            version=version,
         )
     description = quantization.description if quantization else "not quantized"
     return plan.make(checkpoint, model, layout, description, resolved, ignored, machine)

@@ -115,6 +115,13 @@ def test_no_tensor_of_the_model_is_ignored(name: str) -> None:
         assert [ignore.why for ignore in model.ignores if ignore.matches(tensor)] == []
 
 
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_leaves_that_are_made_up_are_named(name: str) -> None:
+    notes = [note for note in tiny_models.model(name).notes if "made up" in note]
+    expected = "leaves in which everything is 1 are made up: MaxText's norm has a scale, and DeepSeek's has none"
+    assert notes == ([expected] if name == "deepseek-v4" else [])
+
+
 # ---- Layouts
 
 

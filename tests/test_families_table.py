@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny_models
+
 from slicecast.configs import families, maxtext
 from slicecast.convert import describe
 
@@ -25,7 +27,10 @@ def test_every_model_of_maxtext_belongs_to_one_family(slicecast: Any) -> None:
     assert len(set(architectures)) == len(architectures)
 
 
-def test_unknown_releases_are_refused_with_the_list(slicecast: Any) -> None:
-    done = slicecast.run("families", "--maxtext_version=0.1", check=False)
-    assert done.returncode != 0
-    assert f"only of {', '.join(maxtext.versions())}" in done.stderr
+def test_unknown_releases_are_refused_with_the_list(slicecast: Any, tmp_path: Path) -> None:
+    source = tiny_models.write(tmp_path / "source", "llama")
+    for words in (("families",), ("plan", f"--hf_model_path={source}")):
+        done = slicecast.run(*words, "--maxtext_version=0.1", check=False)
+        assert done.returncode != 0
+        assert f"only of {', '.join(maxtext.versions())}" in done.stderr
+    slicecast.run("plan", f"--hf_model_path={source}", f"--maxtext_version={maxtext.VERSION}")

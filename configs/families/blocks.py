@@ -6,7 +6,7 @@ from typing import Any, Literal
 from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.ops import Op
-from slicecast.convert.mapping.rules import Ignore, Model, ModelOptions
+from slicecast.convert.mapping.rules import Constant, Ignore, Model, ModelOptions
 from slicecast.convert.mapping.table import RuleTable
 
 ExpertsForm = Literal["separate", "fused", "fused, inputs first"]
@@ -80,12 +80,14 @@ def model(
         tables: The rules in each form.
         experts: How many experts a layer has.
         ignores: What is left out, beside rotary frequencies.
-        notes: What the plan should say, beside a vocabulary that is not the checkpoint's.
+        notes: What the plan should say, beside a vocabulary that is not the checkpoint's and leaves that are made up.
         more: Further fields of the model.
     """
     tokens, vocab = tables[0].sizes["tokens"], tables[0].sizes["vocab"]
     what = "rows of zeros are added to the embedding" if vocab > tokens else "the embedding's last rows are left out"
     resized = [] if vocab == tokens else [f"MaxText's model has {vocab} tokens, the checkpoint {tokens}: {what}"]
+    constants = dict.fromkeys(rule.source for rule in tables[0].rules if isinstance(rule.source, Constant))
+    made_up = [f"leaves in which everything is {each.value:g} are made up: {each.why}" for each in constants]
     return Model(
         family=family,
         description=(
@@ -95,7 +97,7 @@ def model(
         rules=tables[0].rules,
         other_forms=[table.rules for table in tables[1:]],
         ignores=(_ROTARY_FREQUENCIES, *ignores),
-        notes=(*notes, *resized),
+        notes=(*notes, *resized, *made_up),
         **more,
     )
 
