@@ -2,7 +2,7 @@
 
     .venv-maxtext/bin/python -P scripts/snapshot_maxtext.py                        # all models
     .venv-maxtext/bin/python -P scripts/snapshot_maxtext.py llama3.1-8b kimi-k2-1t
-    .venv-maxtext/bin/python -P scripts/snapshot_maxtext.py --output=/tmp/trees gemma3-4b
+    .venv-maxtext/bin/python -P scripts/snapshot_maxtext.py --output=trees gemma3-4b
 
 Runs with a Python that has MaxText and slicecast; scripts/test_maxtext.sh makes one. `-P` keeps this repository's
 folders out of the imports. Only abstract models are built, on a CPU: no weights, whatever the size of the model.

@@ -33,10 +33,10 @@ TREES = [
 ]
 
 
-def planned(name: str, scan_layers: bool, **options: bool) -> Plan:
+def planned(name: str, scan_layers: bool, *, enable_mtp: bool = False) -> Plan:
     """The plan for a slice of four hosts; every tensor of the release is read, or ignored with a reason."""
     checkpoint = published_models.checkpoint(name)
-    model = families.recognize(checkpoint.config, ModelOptions(model_name=name, **options))  # type: ignore[arg-type]
+    model = families.recognize(checkpoint.config, ModelOptions(model_name=name, enable_mtp=enable_mtp))
     layout = Layout(scan_layers, save_dtype=FP8 if name.endswith("-fp8") else "bfloat16")
     quantization = quantization_config.read(checkpoint.config, {})
     resolved, ignored = resolve.resolve(checkpoint, model, layout, quantization)
@@ -44,9 +44,9 @@ def planned(name: str, scan_layers: bool, **options: bool) -> Plan:
     return plan.make(checkpoint, model, layout, "", resolved, ignored, machine)
 
 
-def check(found: Plan, name: str, scan_layers: bool, **options: bool) -> None:
+def check(found: Plan, name: str, scan_layers: bool, *, enable_mtp: bool = False) -> None:
     """Compares paths, shapes and logical axes, leaf by leaf."""
-    expected = {leaf.path: leaf for leaf in maxtext.target_leaves(name, scan_layers, **options)}
+    expected = {leaf.path: leaf for leaf in maxtext.target_leaves(name, scan_layers, enable_mtp=enable_mtp)}
     leaves = {planned.leaf.path: planned.leaf for planned in found.leaves}
     assert leaves.keys() == expected.keys()
     for path, leaf in leaves.items():

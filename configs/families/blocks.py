@@ -31,13 +31,12 @@ def heads(c: HfConfig) -> dict[str, int]:
     """Sizes of grouped-query attention by axis name."""
     q_heads = c.integer("num_attention_heads")
     head_dim = c.integer("head_dim", c.integer("hidden_size") // q_heads)
-    return {
-        "q_heads": q_heads,
-        "heads": q_heads,
-        "kv_heads": c.integer("num_key_value_heads", q_heads),
-        "kv": head_dim,
-        "kv_head_dim": head_dim,
-    }
+    return head_sizes(q_heads, c.integer("num_key_value_heads", q_heads), head_dim)
+
+
+def head_sizes(q_heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    """The same, for these numbers."""
+    return {"q_heads": q_heads, "heads": q_heads, "kv_heads": kv_heads, "kv": head_dim, "kv_head_dim": head_dim}
 
 
 def take_turns(c: HfConfig, kinds: Sequence[str], *, whole: bool = True) -> None:
@@ -102,12 +101,26 @@ def model(
     )
 
 
-def embedding(table: RuleTable, name: str = "model.embed_tokens.weight", *ops: Op, **options: str) -> None:
+def ends(table: RuleTable, prefix: str = "model.", output: str | None = "lm_head.weight") -> None:
+    """What stands before and behind the layers: the embedding, the last norm, and an output layer if there is one."""
+    embedding(table, f"{prefix}embed_tokens.weight")
+    table.add(f"{prefix}norm.weight", "norm", "decoder/decoder_norm/scale")
+    if output is not None:
+        output_layer(table, output)
+
+
+def layer_norms(layer: RuleTable) -> None:
+    """The norms before attention and before the feed-forward block, as most families call them."""
+    layer.add("input_layernorm.weight", "norm", "pre_self_attention_layer_norm/scale")
+    layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")
+
+
+def embedding(table: RuleTable, name: str, *ops: Op) -> None:
     """The token embedding."""
-    table.add(name, "vocab~tokens embed_vocab", "token_embedder/embedding", *ops, **options)
+    table.add(name, "vocab~tokens embed_vocab", "token_embedder/embedding", *ops)
 
 
-def output_layer(table: RuleTable, name: str = "lm_head.weight") -> None:
+def output_layer(table: RuleTable, name: str) -> None:
     """An output layer of its own."""
     table.add(name, "vocab~tokens embed_vocab -> embed_vocab vocab", "decoder/logits_dense/kernel")
 

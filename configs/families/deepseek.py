@@ -29,10 +29,8 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     layers, experts = c.integer("num_hidden_layers"), c.integer("n_routed_experts")
     dense = min(c.integer("first_k_dense_replace", 0, least=0), layers)
     table = RuleTable(_sizes(c, options))
-    blocks.embedding(table, f"{prefix}model.embed_tokens.weight")
-    table.add(f"{prefix}model.norm.weight", "norm", "decoder/decoder_norm/scale")
-    if not c.flag("tie_word_embeddings", False):
-        blocks.output_layer(table, f"{prefix}lm_head.weight")
+    tied = c.flag("tie_word_embeddings", False)
+    blocks.ends(table, f"{prefix}model.", None if tied else f"{prefix}lm_head.weight")
     if dense:
         layer = table.within(f"{prefix}model.layers.{{layer}}", "decoder/{layers}", stacked("dense_layers", dense))
         _attention(c, layer, architecture)
@@ -77,8 +75,7 @@ def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
 
 
 def _attention(c: HfConfig, layer: RuleTable, architecture: str) -> None:
-    layer.add("input_layernorm.weight", "norm", "pre_self_attention_layer_norm/scale")
-    layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")
+    blocks.layer_norms(layer)
     attention = layer.within("self_attn", "self_attention")
     if c.optional_integer("q_lora_rank") is None:
         attention.add("q_proj.weight", "(q_heads kv) embed_attn -> embed_attn q_heads kv", "query/kernel")

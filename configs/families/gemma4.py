@@ -11,7 +11,7 @@ from slicecast.configs.families import blocks, gemma4_vision
 from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.ops import Scale
-from slicecast.convert.mapping.rules import Ignore, LayerAxis, Layers, Model, ModelOptions
+from slicecast.convert.mapping.rules import Ignore, Layers, Model, ModelOptions, nested_cycle
 from slicecast.convert.mapping.table import RuleTable
 
 ARCHITECTURES = ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM")
@@ -90,9 +90,8 @@ def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
 def _layers(c: HfConfig, layers: int) -> list[tuple[Layers, bool]]:
     """MaxText scans over cycles, and over the layers with a sliding window in each."""
     blocks.take_turns(c, _CYCLE)
-    repeats = LayerAxis("layers", layers // len(_CYCLE), len(_CYCLE))
-    local = Layers(0, (repeats, LayerAxis("local_layers", len(_CYCLE) - 1)), "scanned_blocks/local_layers")
-    return [(local, False), (Layers(len(_CYCLE) - 1, (repeats,), "scanned_blocks/global_layer"), True)]
+    local, last = nested_cycle(layers, len(_CYCLE), "scanned_blocks")
+    return [(local, False), (last, True)]
 
 
 def _small_layers(c: HfConfig, layers: int) -> list[tuple[Layers, bool]]:

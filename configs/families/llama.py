@@ -50,14 +50,11 @@ def _rotates_neighbors(config: HfConfig, model_name: str | None, rope_type: str 
 def _table(c: HfConfig, options: ModelOptions, interleaved: bool) -> RuleTable:
     sizes = blocks.sizes(c, options, **blocks.heads(c), mlp=c.integer("intermediate_size"))
     table = RuleTable(sizes)
-    blocks.embedding(table)
-    table.add("model.norm.weight", "norm", "decoder/decoder_norm/scale")
     # All of MaxText's Llama and Mistral models have a separate output layer, so tied weights are written twice.
     tied = c.flag("tie_word_embeddings", False)
-    blocks.output_layer(table, "model.embed_tokens.weight" if tied else "lm_head.weight")
+    blocks.ends(table, output="model.embed_tokens.weight" if tied else "lm_head.weight")
     layer = table.within("model.layers.{layer}", "decoder/{layers}", stacked("layers", c.integer("num_hidden_layers")))
-    layer.add("input_layernorm.weight", "norm", "pre_self_attention_layer_norm/scale")
-    layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")
+    blocks.layer_norms(layer)
     rotary: tuple[Op, ...] = (InterleaveHalves(),) if interleaved else ()
     # MaxText does not scale the attention logits: its checkpoints hold queries multiplied by 1 / sqrt(head_dim).
     query = (*rotary, Scale(sizes["kv"] ** -0.5))

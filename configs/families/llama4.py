@@ -32,13 +32,10 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
         exp=experts, dense=c.integer("intermediate_size_mlp", c.integer("intermediate_size")),
     )  # fmt: skip
     table = RuleTable(sizes)
-    blocks.embedding(table, f"{prefix}model.embed_tokens.weight")
-    table.add(f"{prefix}model.norm.weight", "norm", "decoder/decoder_norm/scale")
-    blocks.output_layer(table, f"{prefix}lm_head.weight")
+    blocks.ends(table, f"{prefix}model.", f"{prefix}lm_head.weight")
     for place, kind in enumerate(cycle(layers, _CYCLE, "layers/layers_{}")):
         layer = table.within(f"{prefix}model.layers.{{layer}}", "decoder/{layers}", kind)
-        layer.add("input_layernorm.weight", "norm", "pre_self_attention_layer_norm/scale")
-        layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")
+        blocks.layer_norms(layer)
         blocks.attention(layer.within("self_attn", "self_attention"))
         if (place + 1) % step:
             blocks.mlp(layer.within("feed_forward", "mlp", mlp=sizes["dense"]))

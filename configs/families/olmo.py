@@ -27,9 +27,7 @@ def model(c: HfConfig, architecture: str, options: ModelOptions) -> Model:
             keys=heads["kv_heads"] * heads["kv"],
         )
     )
-    blocks.embedding(table)
-    table.add("model.norm.weight", "norm", "decoder/decoder_norm/scale")
-    blocks.output_layer(table)
+    blocks.ends(table)
     for kind in cycle(layers, len(_CYCLE), "layers/layers_{}"):
         layer = table.within("model.layers.{layer}", "decoder/{layers}", kind)
         layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")

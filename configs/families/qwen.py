@@ -82,14 +82,10 @@ def _table(
     multimodal: bool,
 ) -> RuleTable:
     table = RuleTable(blocks.sizes(c, options, **blocks.heads(c)))
-    blocks.embedding(table, f"{variant.prefix}embed_tokens.weight")
-    table.add(f"{variant.prefix}norm.weight", "norm", "decoder/decoder_norm/scale")
-    if not tied:
-        blocks.output_layer(table, f"{variant.head}.weight")
+    blocks.ends(table, variant.prefix, None if tied else f"{variant.head}.weight")
     stack = stacked("layers", c.integer("num_hidden_layers"))
     layer = table.within(f"{variant.prefix}layers.{{layer}}", "decoder/{layers}", stack)
-    layer.add("input_layernorm.weight", "norm", "pre_self_attention_layer_norm/scale")
-    layer.add("post_attention_layernorm.weight", "norm", "post_self_attention_layer_norm/scale")
+    blocks.layer_norms(layer)
     attention = layer.within("self_attn", "self_attention")
     blocks.attention(attention, biases=variant.norms is None, names=variant.projections)
     for name, leaf in zip(variant.norms or (), ("query_norm", "key_norm"), strict=False):

@@ -1,8 +1,10 @@
 """Qwen 3-Next and Qwen 3.5: three layers of gated linear attention, then one of gated softmax attention, in turns."""
 
+from collections.abc import Iterable
+
 from slicecast.configs.families import blocks, qwen_vision
 from slicecast.convert.mapping.hf_config import HfConfig
-from slicecast.convert.mapping.rules import Ignore, LayerAxis, Layers, Model, ModelOptions, cycle
+from slicecast.convert.mapping.rules import Ignore, Layers, Model, ModelOptions, cycle, nested_cycle
 from slicecast.convert.mapping.table import RuleTable
 
 _NEXT = "Qwen3NextForCausalLM"
@@ -35,9 +37,7 @@ def _table(
 ) -> RuleTable:
     prefix = "model.language_model" if architecture == _MULTIMODAL else "model"
     table = RuleTable(_sizes(c, options))
-    blocks.embedding(table, f"{prefix}.embed_tokens.weight")
-    table.add(f"{prefix}.norm.weight", "norm", "decoder/decoder_norm/scale")
-    blocks.output_layer(table)
+    blocks.ends(table, f"{prefix}.")
     for kind in _kinds(c.integer("num_hidden_layers"), nested=architecture == _NEXT):
         layer = table.within(f"{prefix}.layers.{{layer}}", "decoder/{layers}", kind)
         layer.add("input_layernorm.weight", ":hidden", "input_layernorm/scale")
@@ -85,15 +85,11 @@ def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
     )
 
 
-def _kinds(layers: int, *, nested: bool) -> list[Layers]:
+def _kinds(layers: int, *, nested: bool) -> Iterable[Layers]:
     """MaxText scans over cycles; in Qwen 3-Next it scans over the three linear layers of each cycle too."""
-    if not nested:
-        return cycle(layers, len(_CYCLE), "layers/layer_{}")
-    repeats = LayerAxis("layers", layers // len(_CYCLE), len(_CYCLE))
-    return [
-        Layers(0, (repeats, LayerAxis("local_layers", len(_CYCLE) - 1)), "layers/local_layers"),
-        Layers(len(_CYCLE) - 1, (repeats,), "layers/global_layer"),
-    ]
+    if nested:
+        return nested_cycle(layers, len(_CYCLE), "layers")
+    return cycle(layers, len(_CYCLE), "layers/layer_{}")
 
 
 def _softmax_attention(table: RuleTable) -> None:

@@ -1,6 +1,6 @@
 """The encoder of images of Qwen 3-VL and Qwen 3.5, and the encoder of audio that Qwen 3-Omni has beside it."""
 
-from slicecast.configs.families import encoder_blocks
+from slicecast.configs.families import blocks, encoder_blocks
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.table import RuleTable
 
@@ -36,13 +36,10 @@ def add_vision(c: HfConfig, table: RuleTable, prefix: str, hidden: int, name: st
     tower = table.within(
         prefix,
         "vision_encoder",
+        None,
         embed_attn=width,
         width=width,
-        heads=heads,
-        q_heads=heads,
-        kv_heads=heads,
-        kv=width // heads,
-        kv_head_dim=width // heads,
+        **blocks.head_sizes(heads, heads, width // heads),
         inner=c.integer("intermediate_size"),
         merged=merge * width,
         hidden=hidden,
@@ -99,15 +96,12 @@ def _add_audio(c: HfConfig, table: RuleTable, hidden: int) -> None:
     tower = table.within(
         "thinker.audio_tower",
         "audio_encoder",
+        None,
         embed=width,
         embed_attn=width,
         width=width,
         width_out=width,
-        heads=heads,
-        q_heads=heads,
-        kv_heads=heads,
-        kv=width // heads,
-        kv_head_dim=width // heads,
+        **blocks.head_sizes(heads, heads, width // heads),
         mlp=c.integer("encoder_ffn_dim"),
         channels=channels,
         channels_out=channels,

@@ -74,6 +74,22 @@ def cycle(layers: int, places: int, scanned: str, *, axis: str = "layers", start
     return [Layers(start + place, (repeats,), scanned.format(place)) for place in range(places)]
 
 
+def nested_cycle(layers: int, places: int, scanned: str) -> tuple[Layers, Layers]:
+    """Cycles in which all layers are alike but the last: MaxText scans over those, within each cycle.
+
+    Args:
+        layers: How many layers there are: a whole number of cycles.
+        places: The length of a cycle.
+        scanned: The path of the cycles in scanned trees.
+
+    Returns:
+        The layers that are alike, and the last ones.
+    """
+    repeats = LayerAxis("layers", layers // places, places)
+    local = Layers(0, (repeats, LayerAxis("local_layers", places - 1)), f"{scanned}/local_layers")
+    return local, Layers(places - 1, (repeats,), f"{scanned}/global_layer")
+
+
 @dataclass(frozen=True, slots=True)
 class Join:
     """A source tensor that is made of rows of several stored tensors, taken from each in turn.
