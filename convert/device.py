@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.codecs.base import Codec, Kernel
 from slicecast.convert.mapping import ops
-from slicecast.convert.mapping.ops import COMPUTING, Op, Slice, Transpose
+from slicecast.convert.mapping.ops import Computing, Op, Slice, Transpose
 from slicecast.convert.memory import chips_used, row_shares
 from slicecast.kernels import awq, gptq, grouped
 from slicecast.kernels.implementation import Implementation
@@ -138,7 +138,7 @@ def _share_of_rows(step: Step, parts: int) -> Box:
 def _convert(*arrays: jax.Array, step: Step, shapes: Sequence[Shape]) -> jax.Array:
     """The step for one chip's share, `[batch, *shapes[-1]]`."""
     # Values stay exact in float32 until an op has computed with them; without such an op they are rounded at once.
-    dtype = "float32" if any(isinstance(op, COMPUTING) for op in step.ops) else step.dtype
+    dtype = "float32" if any(isinstance(op, Computing) for op in step.ops) else step.dtype
     # A range of rows was taken when they were read. Codecs can give the transposed values that most rules ask for next.
     first = 1 if step.ops and isinstance(step.ops[0], Slice) and step.ops[0].axis == 0 else 0
     transposed = step.ops[first : first + 1] == (Transpose(),)

@@ -23,7 +23,7 @@ from slicecast.convert import definition, verify
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.codecs.grouped import Grouped
 from slicecast.convert.mapping import ops
-from slicecast.convert.mapping.ops import COMPUTING
+from slicecast.convert.mapping.ops import Computing
 from slicecast.convert.plan import Plan, PlannedLeaf, WorkBox
 from slicecast.convert.verify import Difference
 
@@ -99,7 +99,7 @@ def compare(plan: Plan, arrays: Mapping[str, ts.TensorStore], workers: int) -> R
 
 def _applies(planned: PlannedLeaf) -> bool:
     """Whether a leaf's sources are symmetric INT4, and only moved."""
-    if any(isinstance(op, COMPUTING) for op in planned.leaf.rule.ops):
+    if any(isinstance(op, Computing) for op in planned.leaf.rule.ops):
         return False
     return all(
         isinstance(codec := tensor.codec, Grouped) and codec.code == "int4_offset" and codec.zero is None

@@ -21,7 +21,7 @@ import tensorstore as ts
 from slicecast.convert import definition
 from slicecast.convert.box import Box
 from slicecast.convert.mapping.ops import (
-    COMPUTING,
+    Computing,
     DeinterleaveHalves,
     InterleaveHalves,
     Merge,
@@ -131,7 +131,7 @@ def _difference(found: Array, expected: Array, work: WorkBox) -> tuple[int, str]
 def _computes(work: WorkBox) -> bool:
     """Whether the values of a box were computed or converted, not only moved."""
     leaf = work.leaf.leaf
-    return any(isinstance(op, COMPUTING) for op in leaf.rule.ops) or any(
+    return any(isinstance(op, Computing) for op in leaf.rule.ops) or any(
         tensor.codec.changes_values or tensor.parts[0].dtype.name != leaf.dtype
         for tensor in work.leaf.tensors(work.box)
     )
@@ -157,9 +157,9 @@ def source_rows(ops: Sequence[Op], source: tuple[int, ...], element: Box) -> tup
     # A view in which all columns share their row's number, so it takes no memory however large the tensor is.
     numbers = np.broadcast_to(numbers, source)
     for op in ops:
-        if not isinstance(op, (*COMPUTING, InterleaveHalves, DeinterleaveHalves)):
+        if not isinstance(op, (Computing, InterleaveHalves, DeinterleaveHalves)):
             numbers = _moved(op, numbers, rows_chosen=False)
-        elif not isinstance(op, COMPUTING) and (element.start[-1], element.stop[-1]) != (0, numbers.shape[-1]):
+        elif not isinstance(op, Computing) and (element.start[-1], element.stop[-1]) != (0, numbers.shape[-1]):
             raise ValueError(f"{element} cuts an axis that {op} permutes")
     part = numbers[element.slices]
     # Along an axis with stride 0 all numbers are equal: one of them is enough.

@@ -243,8 +243,8 @@ def test_scales_of_all_dtypes(make: Make, scale: str) -> None:
     made = make(scale=scale)
     found = fp8.keep(leaf((16, 24), Transpose()), {(): made.tensor})
     assert found is not None
-    assert [(each.dtype, each.shape) for each in found.leaves] == [(FP8, (24, 16)), ("float32", (3, 2))]
-    codes, scales = (sources[()] for sources in found.sources)
+    assert [(each.dtype, each.shape) for each, _ in found] == [(FP8, (24, 16)), ("float32", (3, 2))]
+    codes, scales = (sources[()] for _, sources in found)
     whole = definition.rows(str(made.directory), made.tensor, 0, 16)
     parts = [definition.rows(str(made.directory), tensor, 0, tensor.shape[0]) for tensor in (codes, scales)]
     assert parts[0].dtype == E4M3
@@ -266,7 +266,7 @@ def test_scales_of_all_dtypes(make: Make, scale: str) -> None:
 def test_what_moves_weights_moves_scales(make: Make, ops: tuple[Op, ...], scale_ops: tuple[Op, ...]) -> None:
     found = fp8.keep(leaf((32, 24), *ops), {(): make((32, 24)).tensor})
     assert found is not None
-    weight, scales = found.leaves
+    (weight, _), (scales, _) = found
     assert (weight.rule.ops, scales.rule.ops, scales.rule.shape) == (ops, scale_ops, (4, 3))
     assert scales.path == f"{weight.path}_scale"
 
@@ -396,6 +396,6 @@ def test_scales_of_joined_tensors(make: Make) -> None:
     tensor = joined.stored("made", (48, 24), [made.tensor], ((0, 32, 48), (0, 0, 32)), 2)
     found = fp8.keep(leaf((48, 24)), {(): tensor})
     assert found is not None
-    (scales,) = found.sources[1].values()
+    (scales,) = found[1][1].values()
     assert scales.shape == (6, 3)
     assert_same_bits(definition.rows(str(made.directory), scales, 0, 6), made.scales[[4, 0, 1, 5, 2, 3]])

@@ -5,7 +5,7 @@ leaf of that name, and its scales `[out / 128, in / 128]` in the same way, into 
 whole blocks is the same for both, so the rule for the scales follows from the rule for the weight.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -25,21 +25,12 @@ from slicecast.convert.mapping.target import FP8, Leaf
 _SCALE_DTYPE = "float32"
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A leaf of codes and the leaf of their scales, with the tensors that fill them.
-
-    Attributes:
-        leaves: The leaf, and the one of its scales.
-        sources: For each of them, the stored tensors by stack coordinate.
-    """
-
-    leaves: tuple[Leaf, Leaf]
-    sources: tuple[dict[Shape, StoredTensor], dict[Shape, StoredTensor]]
+# The tensors of a leaf by stack coordinate.
+Sources = dict[Shape, StoredTensor]
 
 
-def keep(leaf: Leaf, sources: dict[Shape, StoredTensor]) -> Kept | None:
-    """The two leaves of a leaf whose tensors are FP8 in blocks; None if none of them is quantized.
+def keep(leaf: Leaf, sources: Sources) -> list[tuple[Leaf, Sources]] | None:
+    """The leaves of codes and of scales, for one whose tensors are FP8 in blocks; None if none of them is quantized.
 
     Raises:
         UnsupportedFormatError: If they are quantized in another way, or not alike, or heads are no whole blocks.
@@ -54,13 +45,10 @@ def keep(leaf: Leaf, sources: dict[Shape, StoredTensor]) -> Kept | None:
             "block, in all layers; these are stored in another way. Use --save_dtype=bfloat16."
         )
     scales = replace(leaf, path=f"{leaf.path}_scale", rule=_scale_rule(leaf, block), dtype=_SCALE_DTYPE)
-    return Kept(
-        leaves=(replace(leaf, dtype=FP8), scales),
-        sources=(
-            {coordinate: _codes(tensor) for coordinate, tensor in sources.items()},
-            {coordinate: _scales(tensor, block) for coordinate, tensor in sources.items()},
-        ),
-    )
+    return [
+        (replace(leaf, dtype=FP8), {coordinate: _codes(tensor) for coordinate, tensor in sources.items()}),
+        (scales, {coordinate: _scales(tensor, block) for coordinate, tensor in sources.items()}),
+    ]
 
 
 def _block(tensor: StoredTensor) -> int | None:

@@ -282,15 +282,10 @@ class DeinterleaveHalves:
         return InterleaveHalves()
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """`target = source * factor`, in float32 whatever the source's dtype; the one rounding comes at the end.
+class Computing:
+    """What ops have in common that compute with each value alone; all other ops only move values."""
 
-    Attributes:
-        factor: The multiplier; it is used as a float32.
-    """
-
-    factor: float
+    __slots__ = ()
 
     def shape(self, source: Shape) -> Shape:
         """Unchanged."""
@@ -299,6 +294,17 @@ class Scale:
     def source_box(self, box: Box, source: Shape) -> Box:
         """Unchanged."""
         return box
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(Computing):
+    """`target = source * factor`, in float32 whatever the source's dtype; the one rounding comes at the end.
+
+    Attributes:
+        factor: The multiplier; it is used as a float32.
+    """
+
+    factor: float
 
     def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
         """The scaled array as float32."""
@@ -311,7 +317,7 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Offset:
+class Offset(Computing):
     """`target = source + term`, in float32 whatever the source's dtype; the one rounding comes at the end.
 
     Attributes:
@@ -319,14 +325,6 @@ class Offset:
     """
 
     term: float
-
-    def shape(self, source: Shape) -> Shape:
-        """Unchanged."""
-        return source
-
-    def source_box(self, box: Box, source: Shape) -> Box:
-        """Unchanged."""
-        return box
 
     def apply(self, x: jax.Array, shape: Shape) -> jax.Array:
         """The sum as float32."""
@@ -336,10 +334,6 @@ class Offset:
     def invert(self, source: Shape) -> "Offset":
         """Subtraction; exact where the sum was."""
         return Offset(-self.term)
-
-
-# Ops that compute with values; all others only move them.
-COMPUTING = (Scale, Offset)
 
 
 def _inverse(order: Shape) -> Shape:

@@ -92,7 +92,7 @@ def _as_stored(resolved: ResolvedLeaf, layout: Layout) -> list[ResolvedLeaf]:
     kept = fp8.keep(resolved.leaf, resolved.sources) if layout.save_dtype == FP8 else None
     if kept is None:
         return [_narrowed(resolved)]
-    return [ResolvedLeaf(leaf, sources) for leaf, sources in zip(kept.leaves, kept.sources, strict=True)]
+    return [ResolvedLeaf(leaf, sources) for leaf, sources in kept]
 
 
 def _narrowed(resolved: ResolvedLeaf) -> ResolvedLeaf:
