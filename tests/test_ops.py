@@ -542,7 +542,8 @@ def test_offset_is_float32_and_rounds_once(term: float, dtype: Any) -> None:
 
 def test_which_ops_compute() -> None:
     """The device step decodes to float32 before these; all others give back the bits that they took."""
-    assert set(ops.Computing) == {Scale, Offset}
+    classes = {each for each in vars(ops).values() if isinstance(each, type) and issubclass(each, ops.Computing)}
+    assert classes - {ops.Computing} == {Scale, Offset}
 
 
 def test_the_chain_of_llama_queries() -> None:
