@@ -98,6 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
     # Orbax reports its routine, and logs a stack trace for errors that it also raises, which we report ourselves.
     logging.set_verbosity(logging.FATAL)
     try:
+        _use_token(getattr(arguments, "hf_access_token", None))
         _start_jax(arguments)
         return {"convert": _convert, "plan": _plan, "verify": _verify, "formats": _formats, "families": _families}[
             arguments.command
@@ -148,9 +149,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     output = commands.output_directory(arguments.output)
-    lines = commands.verify_checkpoint(
-        output, arguments.hf_model_path, arguments.host_memory_gb, console, requantize_too=arguments.requantize
-    )
+    settings = commands.settings_of(output, arguments.hf_model_path, arguments.revision)
+    lines = commands.verify_checkpoint(settings, arguments.host_memory_gb, console, requantize_too=arguments.requantize)
     for line in lines:
         print(line)
     return 0
@@ -178,6 +178,13 @@ def _families(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace) -> Settings:
     known = {field.name for field in fields(Settings)}
     return Settings(**{name: value for name, value in vars(arguments).items() if name in known})
+
+
+def _use_token(given: str | None) -> None:
+    """Puts the token where `huggingface_hub` looks for it."""
+    token = given or os.environ.get("HF_TOKEN") or os.environ.get("HF_AUTH_TOKEN")
+    if token:
+        os.environ["HF_TOKEN"] = token
 
 
 def _start_jax(arguments: argparse.Namespace) -> None:
@@ -269,7 +276,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     verify = _command(commands, "verify", "compare a finished checkpoint with its source, bit for bit")
     verify.add_argument("output", metavar="OUT", help="the --base_output_directory of the conversion")
-    verify.add_argument("--hf_model_path", metavar="DIR", required=True, help="the Hugging Face checkpoint")
+    _add_source_flags(verify)
     verify.add_argument("--host_memory_gb", metavar="GB", type=_positive, help="memory to use, in GB")
     verify.add_argument(
         "--requantize", action="store_true",
@@ -296,8 +303,20 @@ def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_source_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hf_model_path", metavar="SOURCE", required=True,
+        help="the Hugging Face checkpoint: a directory, gs:// or https://, or org/name on the Hub",
+    )  # fmt: skip
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub (default: main)")
+    parser.add_argument(
+        "--hf_access_token", metavar="TOKEN",
+        help="for the Hub (default: HF_TOKEN, HF_AUTH_TOKEN, or the token of `hf auth login`)",
+    )  # fmt: skip
+
+
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf_model_path", metavar="DIR", required=True, help="the Hugging Face checkpoint")
+    _add_source_flags(parser)
     parser.add_argument(
         "--scan_layers", metavar="BOOL", type=_boolean, nargs="?", const=True, default=True,
         help="stack the layers into one leaf, as MaxText does by default (default: true)",

@@ -85,7 +85,7 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
     Raises:
         SlicecastError: Whatever keeps the checkpoint from being converted.
     """
-    checkpoint = open_checkpoint(settings.hf_model_path)
+    checkpoint = open_checkpoint(settings.hf_model_path, settings.revision)
     options = ModelOptions(
         model_name=settings.model_name,
         rope_type=settings.rope_type,
@@ -238,6 +238,7 @@ def _custom_metadata(settings: Settings, made: Plan) -> dict[str, Any]:
         "slicecast": {
             "version": metadata.version("slicecast"),
             "plan": made.digest,
+            "source": made.checkpoint.path,
             **{name: getattr(settings, name) for name in _RECORDED},
         },
     }
@@ -288,7 +289,7 @@ def _own_metadata(step: Path) -> Mapping[str, Any]:
     return own if isinstance(own, dict) else {}
 
 
-def settings_of(output: Path, hf_model_path: str) -> Settings:
+def settings_of(output: Path, hf_model_path: str, revision: str | None = None) -> Settings:
     """The settings that a finished checkpoint was made with, from its metadata.
 
     Raises:
@@ -298,8 +299,12 @@ def settings_of(output: Path, hf_model_path: str) -> Settings:
     own = _own_metadata(step)
     if not own:
         raise OutputError(f"{step}: this checkpoint was not written by slicecast; verify can only check its own.")
+    recorded = str(own.get("source"))
+    if revision is None and recorded.startswith(f"hf://{hf_model_path.removeprefix('hf://')}@"):
+        hf_model_path = recorded  # The commit, wherever its branch is by now.
     return Settings(
         hf_model_path=hf_model_path,
+        revision=revision,
         base_output_directory=str(output),
         scan_layers=bool(orbax_checkpoint.read_custom_metadata(step)["scan_layers"]),
         override_model_config=True,
@@ -308,13 +313,12 @@ def settings_of(output: Path, hf_model_path: str) -> Settings:
 
 
 def verify_checkpoint(
-    output: Path, hf_model_path: str, host_memory_gb: float | None, console: Console, *, requantize_too: bool = False
+    settings: Settings, host_memory_gb: float | None, console: Console, *, requantize_too: bool = False
 ) -> Sequence[str]:
     """Compares a finished checkpoint with its source.
 
     Args:
-        output: The output directory of the conversion.
-        hf_model_path: The source.
+        settings: The settings that it was made with; see `settings_of`.
         host_memory_gb: Memory to use, in GB; None for a part of what is free.
         console: Where something is shown meanwhile.
         requantize_too: Whether to quantize INT4 leaves again too, and to compare codes and scales.
@@ -327,7 +331,7 @@ def verify_checkpoint(
         OutputError: If there is no finished checkpoint of ours.
         UsageError: If there is nothing to quantize again.
     """
-    settings = settings_of(output, hf_model_path)
+    output = Path(str(settings.base_output_directory))
     machine = Machine(1, 1, _bytes(host_memory_gb, available_host_bytes()), None)
     made = make_plan(settings, machine)
     arrays = orbax_checkpoint.open_arrays(output)

@@ -4,8 +4,8 @@ No code of the codecs, of the kernels or of the reader is used, only what a code
 by one, partners are read whole and indexed by absolute rows and columns, and every value is one float32 expression.
 """
 
+import functools
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ from slicecast.convert.codecs.joined import Joined, member_tensors
 from slicecast.convert.codecs.mlx import MlxAffine
 from slicecast.convert.codecs.plain import Integers, Plain
 from slicecast.convert.source.safetensors_header import TensorInfo
+from slicecast.convert.source.storage import ByteRange, Storage, open_storage
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -231,8 +232,16 @@ def _read_rows(directory: str, tensor: TensorInfo, start: int, stop: int) -> Arr
 
 
 def _read_bytes(directory: str, tensor: TensorInfo, start: int, stop: int) -> Array:
-    path = os.path.join(directory, tensor.file)
-    return np.fromfile(path, np.uint8, stop - start, offset=tensor.offset + start).view(_DTYPES[tensor.dtype])
+    data = np.empty(stop - start, np.uint8)
+    if len(data):
+        _storage(directory).read(ByteRange(tensor.file, tensor.offset + start, len(data)), [data.data])
+    return data.view(_DTYPES[tensor.dtype])
+
+
+# The checkpoint that is verified, and one for tests that look at two.
+@functools.lru_cache(maxsize=2)
+def _storage(path: str) -> Storage:
+    return open_storage(path)
 
 
 def _shape(tensor: TensorInfo) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class Pipeline:
         self._gate = _MemoryGate(plan.machine.host_bytes)
         self._stop = threading.Event()
         self._stopped = False
-        self.reader = Reader(plan.checkpoint.path)
+        self.reader = Reader(plan.checkpoint.storage)
 
     def run(self, writer: ChunkWriter) -> None:
         """Carries out the plan; returns when all chunks are durable. The first error stops all and is raised."""

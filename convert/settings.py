@@ -8,7 +8,8 @@ class Settings:
     """What the user asked for. Names are MaxText's wherever MaxText has one.
 
     Attributes:
-        hf_model_path: The directory of the Hugging Face checkpoint.
+        hf_model_path: The directory, URL or repository of the Hugging Face checkpoint.
+        revision: The branch, tag or commit of the repository; None for its main branch.
         base_output_directory: Where the result goes; None for `plan`.
         scan_layers: Whether layers are stacked.
         param_scan_axis: The position of the layer axis.
@@ -29,6 +30,7 @@ class Settings:
     """
 
     hf_model_path: str
+    revision: str | None = None
     base_output_directory: str | None = None
     scan_layers: bool = True
     param_scan_axis: int = 1

@@ -13,8 +13,8 @@ export JAX_PLATFORMS=cpu
 case "${1:-}" in
   --oldest)
     make_environment oldest .venv-oldest scripts/oldest.txt
-    exec .venv-oldest/bin/python -m pytest -m "not campaign" tests/test_device.py tests/test_orbax_readers.py \
-      tests/test_processes.py tests/test_resume.py "${@:2}"
+    exec .venv-oldest/bin/python -m pytest -m "not campaign" tests/test_device.py tests/test_hub.py \
+      tests/test_orbax_readers.py tests/test_processes.py tests/test_resume.py "${@:2}"
     ;;
   --campaign)
     make_environment test

@@ -93,7 +93,7 @@ def test_valid_checkpoints(tmp_path: Path, files: dict[str, list[str]], index: b
     assert checkpoint.side_configs == {}
     assert checkpoint.file_sizes == {file: os.path.getsize(tmp_path / file) for file in files}
     assert list(checkpoint.tensors) == sorted(name for names in files.values() for name in names)
-    reader, total = Reader(checkpoint.path), 0
+    reader, total = Reader(checkpoint.storage), 0
     for file in files:
         for name, value in load_file(tmp_path / file).items():
             tensor = checkpoint.tensors[name]
@@ -150,9 +150,10 @@ def test_file_instead_of_a_directory(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "model.safetensors"))
 
 
-def test_url_that_cannot_be_opened_yet() -> None:
-    with pytest.raises(UsageError, match=r"gs://bucket/model: found a URL, expected a local directory. Mount"):
-        open_checkpoint("gs://bucket/model")
+@pytest.mark.parametrize("path", ["ftp://host/model", "abfs://container/model"])
+def test_urls_that_cannot_be_read(path: str) -> None:
+    with pytest.raises(UsageError, match=f"{path}: '.*://' cannot be read; a directory, gs://"):
+        open_checkpoint(path)
 
 
 def test_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slicecast.convert.errors import ReadError
-from slicecast.convert.source import reader as module
-from slicecast.convert.source.reader import MAX_BUFFERS, MAX_REQUEST_BYTES, Reader, Span, open_store, plan_requests
+from slicecast.convert.source.bucket import Bucket
+from slicecast.convert.source.reader import MAX_BUFFERS, MAX_REQUEST_BYTES, Reader, Span, plan_requests
 
 SIZES = {"a.safetensors": 100_003, "b.safetensors": 5_000, "empty.safetensors": 0}
 
@@ -34,14 +34,12 @@ def contents(tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=["local", "url", "store"])
-def open_reader(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], Reader]:
-    """Opens the directory as a path, as a `file://` URL, and as storage that only TensorStore can read."""
+def open_reader(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Reader]:
+    """Opens the directory as a path, as a `file://` URL, and as a bucket, which TensorStore reads."""
     if request.param == "local":
         return lambda: Reader(str(tmp_path))
     if request.param == "store":
-        monkeypatch.setattr(module, "local_directory", lambda _: None)
+        return lambda: Reader(Bucket(f"file://{tmp_path}"))
     return lambda: Reader(f"file://{tmp_path}")
 
 
@@ -280,9 +278,8 @@ def test_input_output_error(contents: dict[str, bytes], tmp_path: Path, monkeypa
     assert (reader.requests, reader.bytes_read) == (0, 0)
 
 
-def test_error_of_another_storage(contents: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "local_directory", lambda _: None)
-    reader = Reader(f"file://{tmp_path}")
+def test_error_of_another_storage(contents: dict[str, bytes], tmp_path: Path) -> None:
+    reader = Reader(Bucket(f"file://{tmp_path}"))
     with pytest.raises(ReadError) as error:
         reader.read([Span("../a.safetensors", 0, 10)])
     assert_says(error, "Invalid key")
@@ -332,8 +329,7 @@ def test_directories_with_unusual_names(tmp_path: Path, name: str) -> None:
     directory.mkdir()
     (directory / "x").write_bytes(b"abc")
     assert read(Reader(str(directory)), [Span("x", 1, 2)]) == [b"bc"]
-    assert open_store(str(directory)).read("x").result().value == b"abc"
-    assert open_store(str(directory) + "/").read("x").result().value == b"abc"
+    assert read(Reader(str(directory) + "/"), [Span("x", 1, 2)]) == [b"bc"]
 
 
 def test_file_url_is_decoded(tmp_path: Path) -> None:
@@ -347,23 +343,21 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     monkeypatch.chdir(tmp_path)
     assert read(Reader("."), [Span("x", 0, 3)]) == [b"abc"]
-    assert open_store(".").read("x").result().value == b"abc"
 
 
 # ---- Memory
 
 MEASURE = """
 import sys
-from slicecast.convert.source import reader as module
+from slicecast.convert.source.bucket import Bucket
 from slicecast.convert.source.reader import Reader, Span
 
 def status(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
 
 directory, storage, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
-if storage == "store":
-    module.local_directory = lambda path: None
-reader = Reader("file://" + directory, concurrency=2)
+url = "file://" + directory
+reader = Reader(Bucket(url) if storage == "store" else url, concurrency=2)
 reader.read([Span("big", i << 20, 1) for i in range(nbytes >> 20)])  # Starts all threads.
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # Sets the high-water mark back.

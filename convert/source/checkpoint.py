@@ -1,8 +1,8 @@
 """Opens a checkpoint: its config, and where each tensor's bytes lie. Reads headers, and nothing of the data."""
 
+import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,14 +13,11 @@ from slicecast.convert.errors import (
     ConfigError,
     DuplicateTensorError,
     HeaderError,
-    MissingFileError,
     PlanErrors,
-    ReadError,
     SlicecastError,
-    UsageError,
 )
 from slicecast.convert.source.index import INDEX, duplicate_errors, files_without_index, index_errors, parse_index
-from slicecast.convert.source.reader import Reader, Span, local_directory
+from slicecast.convert.source.reader import Reader, Span
 from slicecast.convert.source.safetensors_header import (
     PREFIX_BYTES,
     RepeatedKeyError,
@@ -29,6 +26,7 @@ from slicecast.convert.source.safetensors_header import (
     load_json,
     parse_header,
 )
+from slicecast.convert.source.storage import Storage, open_storage
 
 CONFIG = "config.json"
 # Where tools announce a quantization outside `config.json`: ModelOpt, AutoGPTQ, AutoAWQ.
@@ -45,7 +43,7 @@ class Checkpoint:
     """A checkpoint as its headers describe it.
 
     Attributes:
-      path: the directory.
+      path: the directory, or another name that finds the same files again.
       config: the content of `config.json`.
       tensors: every tensor of the checkpoint by name, sorted by name.
       file_sizes: length in bytes of every file that holds tensors, by file name.
@@ -57,6 +55,11 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     file_sizes: Mapping[str, int]
     side_configs: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def storage(self) -> Storage:
+        """Where the files are."""
+        return open_storage(self.path)
 
     @property
     def total_bytes(self) -> int:
@@ -70,7 +73,7 @@ def sample_contents(checkpoint: Checkpoint) -> str:
     It tells checkpoints apart that have the same headers, such as two steps of one training. It reads 32 KiB a file.
     """
     sha = hashlib.sha256()
-    reader = Reader(checkpoint.path)
+    reader = Reader(checkpoint.storage)
     for file, size in checkpoint.file_sizes.items():
         step = max(size // SAMPLES, 1)
         starts = range(0, size, step)
@@ -95,31 +98,25 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def open_checkpoint(path: str) -> Checkpoint:
-    """Reads the configs, the index and all headers of a checkpoint in a local directory.
+def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
+    """Reads the configs, the index and all headers of a checkpoint.
 
     With `model.safetensors.index.json`, the files that it names are the checkpoint; others are left alone. Without it,
     all `*.safetensors` files of the directory are.
 
+    Args:
+      path: a directory, a URL, or a repository of the Hub; see `storage.py`.
+      revision: a branch, tag or commit of the repository.
+
     Raises:
-      UsageError: `path` is a URL of storage that cannot be opened yet.
+      UsageError: `path` is of no kind that can be read.
       MissingFileError, ReadError: there is no such directory, or it cannot be listed.
       PlanErrors: everything that is wrong with the files, one error each: MissingFileError, ConfigError, HeaderError,
         TruncatedFileError, OffsetError, DuplicateTensorError, UnsupportedFormatError, ReadError.
     """
-    directory = local_directory(path)
-    if directory is None:
-        raise UsageError(f"{path}: found a URL, expected a local directory. Mount the bucket, or copy the checkpoint.")
-    if not os.path.isdir(directory):
-        raise MissingFileError(
-            f"{path}: found {'a file' if os.path.exists(directory) else 'nothing'}, expected a directory with {CONFIG} "
-            f"and safetensors files. Give the directory that the checkpoint was downloaded to."
-        )
-    try:
-        present = frozenset(os.listdir(directory))
-    except OSError as error:
-        raise ReadError(f"{path}: found {error}, expected a readable directory. Check its permissions.") from error
-    reader, errors = Reader(directory), list[SlicecastError]()
+    storage = open_storage(path, revision)
+    present = storage.names()
+    reader, errors = Reader(storage), list[SlicecastError]()
     configs: dict[str, Any] = {}
     for name in (CONFIG, *sorted(present.intersection(SIDE_CONFIGS))):
         with _collected(errors):
@@ -136,7 +133,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     if errors:
         raise PlanErrors(errors)
     by_name = {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.name)}
-    return Checkpoint(path, configs.pop(CONFIG), by_name, file_sizes, configs)
+    return Checkpoint(storage.path, configs.pop(CONFIG), by_name, file_sizes, configs)
 
 
 @contextmanager
@@ -148,20 +145,9 @@ def _collected(errors: list[SlicecastError]) -> Iterator[None]:
         errors.append(error)
 
 
-def _file_size(reader: Reader, file: str) -> int:
-    try:
-        return os.path.getsize(os.path.join(reader.path, file))
-    except FileNotFoundError:
-        raise MissingFileError(
-            f"{file}: found no such file in {reader.path}, expected one. Download it into that directory."
-        ) from None
-    except OSError as error:
-        raise ReadError(f"{file}: found {error}, expected a readable file. Check its permissions.") from error
-
-
 def _read_json(reader: Reader, file: str, kind: type[ConfigError] | type[HeaderError]) -> dict[str, Any]:
     """Returns the JSON object in `file`; `kind` is raised if there is none."""
-    (data,) = reader.read([Span(file, 0, _file_size(reader, file))])
+    (data,) = reader.read([Span(file, 0, reader.storage.size(file))])
     try:
         content = load_json(data.tobytes())
     except RepeatedKeyError as error:
@@ -196,7 +182,7 @@ def _read_headers(
 
 def _read_header(reader: Reader, file: str) -> tuple[int, bytes]:
     """Returns the file's size and its JSON header, in two reads."""
-    size = _file_size(reader, file)
+    size = reader.storage.size(file)
     (prefix,) = reader.read([Span(file, 0, min(PREFIX_BYTES, size))])
     nbytes = header_nbytes(prefix.tobytes(), file=file, file_size=size)
     (header,) = reader.read([Span(file, PREFIX_BYTES, nbytes)])

@@ -1,29 +1,24 @@
-"""Reads byte ranges of a checkpoint's files. No other module reads the source's bytes.
+"""Reads byte ranges of a checkpoint's files. No other module reads the source's data.
 
-A local directory (a disk, NFS, a mounted bucket) is read with `preadv` straight into the arrays that the caller gets.
-Other storage goes through `tensorstore.KvStore`, whose values are copied twice on the way. Files are never mapped into
-memory: mapped pages count as ours, and only the kernel decides for how long.
+A local directory is read straight into the arrays that the caller gets; other storage hands over values, which are
+copied. Files are never mapped into memory: mapped pages count as ours, and only the kernel decides for how long.
 
 Measured with 2 cores and a warm page cache (peak RSS over what was there before, divided by the bytes asked for):
     bytes asked for       64 MiB   256 MiB   512 MiB
     preadv                  1.00      1.00      1.00    3.5-6.5 GiB/s where the memory was touched before
-    KvStore                 3.00      2.69      1.84    0.5-1.1 GiB/s
-so that KvStore takes, for a while and beside the bytes asked for, about 4 * MAX_REQUEST_BYTES * CONCURRENCY = 512 MiB.
+    TensorStore             3.00      2.69      1.84    0.5-1.1 GiB/s
+so that TensorStore takes, for a while and beside the bytes asked for, 4 * MAX_REQUEST_BYTES * CONCURRENCY = 512 MiB.
 """
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
-from urllib.parse import unquote
 
 import numpy as np
-import tensorstore as ts
 
-from slicecast.convert.errors import ReadError
+from slicecast.convert.source.storage import ByteRange, Storage, open_storage
 
 Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -95,32 +90,16 @@ def plan_requests(spans: Sequence[Span], max_bytes: int = MAX_REQUEST_BYTES) -> 
     return requests
 
 
-def local_directory(path: str) -> str | None:
-    """Returns the local directory that a path or `file://` URL names, or None for other storage."""
-    if path.startswith("file://"):
-        return unquote(path.removeprefix("file://"))
-    return None if "://" in path else path
-
-
-def open_store(path: str) -> ts.KvStore:
-    """Opens the key-value store whose keys are the file names below `path` (a directory or any TensorStore URL)."""
-    directory = local_directory(path)
-    if directory is None:
-        return ts.KvStore.open(path.rstrip("/") + "/").result()
-    return ts.KvStore.open({"driver": "file", "path": os.path.abspath(directory) + "/"}).result()
-
-
 class Reader:
     """Reads byte ranges, from any number of threads.
 
     Attributes:
-      path: the checkpoint's directory or URL.
+      storage: where the files are.
     """
 
-    def __init__(self, path: str, *, concurrency: int = CONCURRENCY):
-        self.path = path
-        directory = local_directory(path)
-        self._fetch = partial(_fetch_store, open_store(path)) if directory is None else partial(_fetch_local, directory)
+    def __init__(self, storage: Storage | str, *, concurrency: int = CONCURRENCY):
+        """A reader of a storage, or of what a path stands for."""
+        self.storage = open_storage(storage) if isinstance(storage, str) else storage
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="slicecast-read")
         self._lock = threading.Lock()
         self._bytes_read = 0
@@ -164,57 +143,7 @@ class Reader:
 
     def _run(self, request: Request, arrays: Sequence[Bytes]) -> None:
         targets = [arrays[p.index].data[p.start : p.start + p.nbytes] for p in request.pieces]
-        self._fetch(request, targets)
+        self.storage.read(ByteRange(request.file, request.offset, request.nbytes), targets)
         with self._lock:
             self._bytes_read += request.nbytes
             self._requests += 1
-
-
-def _fetch_local(directory: str, request: Request, targets: list[memoryview]) -> None:
-    """Reads one request of a local file into `targets`."""
-    got = 0
-    try:
-        descriptor = os.open(os.path.join(directory, request.file), os.O_RDONLY)
-        try:
-            while targets:
-                count = os.preadv(descriptor, targets, request.offset + got)
-                if count == 0:
-                    raise _read_error(request, got, f"the file ends at byte {request.offset + got}")
-                got += count
-                targets = _after(targets, count)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise _read_error(request, got, str(error)) from error
-
-
-def _after(targets: list[memoryview], count: int) -> list[memoryview]:
-    """Drops the first `count` bytes: the kernel may deliver less than it was asked for (2 GiB a call on Linux)."""
-    for done, target in enumerate(targets):
-        if count < len(target):
-            return [target[count:], *targets[done + 1 :]]
-        count -= len(target)
-    return []
-
-
-def _fetch_store(store: ts.KvStore, request: Request, targets: list[memoryview]) -> None:
-    """Reads one request through TensorStore and copies it into `targets`."""
-    try:
-        result = store.read(request.file, byte_range=slice(request.offset, request.offset + request.nbytes)).result()
-    except Exception as error:  # TensorStore maps a status to one of many built-in types.
-        raise _read_error(request, 0, str(error)) from error
-    if result.state != "value":
-        raise _read_error(request, 0, "there is no such file")
-    value = memoryview(result.value)
-    if len(value) != request.nbytes:
-        raise _read_error(request, len(value), "storage delivered another number of bytes")
-    for target in targets:
-        target[:], value = value[: len(target)], value[len(target) :]
-
-
-def _read_error(request: Request, got: int, cause: str) -> ReadError:
-    return ReadError(
-        f"{request.file}: bytes [{request.offset}, {request.offset + request.nbytes}): found {got} bytes, expected "
-        f"{request.nbytes}: {cause}. Check that the file is complete, readable and not being changed, then run the "
-        f"same command again."
-    )

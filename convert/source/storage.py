@@ -1,0 +1,130 @@
+"""Where a checkpoint's files lie: a directory, a bucket, a web server, or the Hugging Face Hub.
+
+    /data/Kimi-K2.6, file:///data/Kimi-K2.6     a directory                       `directory.py`
+    gs://bucket/path                            a bucket                          `bucket.py`
+    https://host/path                           a directory of a web server       `web.py`
+    org/name, hf://org/name, hf://org/name@REV  a repository of the Hub           `hub.py`
+
+All are read by byte ranges; nothing is copied to a local disk.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from slicecast.convert.errors import MissingFileError, ReadError, UsageError
+
+# What the Hub calls a repository: an owner and a name.
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Adjacent bytes of one file.
+
+    Attributes:
+      file: name relative to the checkpoint's directory.
+      offset: position of the first byte.
+      nbytes: length in bytes.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+class Storage(Protocol):
+    """The files of one checkpoint. Used from several threads."""
+
+    @property
+    def path(self) -> str:
+        """What opens this storage again, and finds the same files: a branch of the Hub has become a commit."""
+
+    def names(self) -> frozenset[str]:
+        """The names of the files, or of those that may be there where there is no list.
+
+        Raises:
+          MissingFileError, ReadError: there is nothing, or it cannot be listed.
+        """
+
+    def size(self, file: str) -> int:
+        """The length of a file in bytes.
+
+        Raises:
+          MissingFileError, ReadError: there is no such file, or storage failed.
+        """
+
+    def read(self, wanted: ByteRange, targets: Sequence[memoryview]) -> None:
+        """Reads bytes into `targets`, one after the other, which are as long as the range together.
+
+        Raises:
+          ReadError: storage failed, the file ends earlier, or it is not the file that it was.
+        """
+
+
+def open_storage(path: str, revision: str | None = None) -> Storage:
+    """The storage that a path, a URL or a name on the Hub stands for.
+
+    Args:
+      path: as the module describes.
+      revision: a branch, tag or commit; only on the Hub.
+
+    Raises:
+      UsageError: it stands for nothing that can be read, or a revision is given elsewhere.
+      MissingFileError, ReadError: it is not there, or not for this user.
+    """
+    # Here, so that a conversion from a directory does not load what only others need.
+    from slicecast.convert.source.bucket import Bucket
+    from slicecast.convert.source.directory import Directory
+    from slicecast.convert.source.hub import Repository
+    from slicecast.convert.source.web import WebDirectory
+
+    scheme, separator, rest = path.partition("://")
+    kinds: dict[str, Callable[[str], Storage]] = {
+        "gs": Bucket,
+        "http": WebDirectory,
+        "https": WebDirectory,
+        "file": Directory,
+    }
+    if scheme == "hf" and separator:
+        name, _, commit = rest.rstrip("/").partition("@")
+        return Repository(name, revision or commit or None)
+    if not separator and not os.path.exists(path) and _REPOSITORY.fullmatch(path):
+        return Repository(path, revision)
+    if revision is not None:
+        raise UsageError(f"--revision={revision}: {path} is no repository of the Hugging Face Hub; only those have it.")
+    if not separator:
+        return Directory(path)
+    if scheme not in kinds:
+        raise UsageError(f"{path}: '{scheme}://' cannot be read; a directory, gs://, https:// and hf:// can.")
+    return kinds[scheme](path)
+
+
+def read_error(wanted: ByteRange, got: int, cause: str) -> ReadError:
+    """The error for a range of which only some bytes came."""
+    return ReadError(
+        f"{wanted.file}: bytes [{wanted.offset}, {wanted.offset + wanted.nbytes}): found {got} bytes, expected "
+        f"{wanted.nbytes}: {cause}. Check that the file is complete, readable and not being changed, then run the "
+        f"same command again."
+    )
+
+
+def changed_error(file: str, before: object, now: object) -> ReadError:
+    """The error for a file that is another one than at first."""
+    return ReadError(
+        f"{file}: the file has been replaced since this run began to read it (it was {before}, it is {now}). Wait "
+        "until it is complete, then run the command again; what was written from the old file will not be taken over."
+    )
+
+
+def missing_error(path: str, file: str) -> MissingFileError:
+    """The error for a file that is not there."""
+    return MissingFileError(f"{file}: found no such file in {path}, expected one. Download it into that directory.")
+
+
+def scatter(data: memoryview, targets: Sequence[memoryview]) -> None:
+    """Copies data into targets, one after the other."""
+    for target in targets:
+        target[:], data = data[: len(target)], data[len(target) :]

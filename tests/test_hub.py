@@ -1,0 +1,161 @@
+"""Conversions from the Hub and from web servers, against a stand-in on loopback: redirects, faults, refusals."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+from hub import Hub
+
+NAME = "org/tiny"
+TOKEN = "hf_right"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub with a tiny model, of which `main` is the commit `aaaa`."""
+    tiny_models.write(tmp_path / "hub" / NAME / "aaaa", "llama", seed=1)
+    running = Hub(tmp_path / "hub")
+    running.faults(branches={f"{NAME}@main": "aaaa"})
+    yield running
+    running.close()
+
+
+def convert(hub: Hub, output: Path, *flags: str, source: str = NAME) -> subprocess.CompletedProcess[str]:
+    return hub.run("convert", f"--hf_model_path={source}", f"--base_output_directory={output}", *flags)
+
+
+def assert_right(hub: Hub, output: Path, *flags: str) -> None:
+    """Compares the result with the local files, and with the Hub's."""
+    for source in (hub.folder / NAME / "aaaa", NAME):
+        done = hub.run("verify", output, f"--hf_model_path={source}", *flags)
+        assert "all equal to the source, bit for bit" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("source", [NAME, f"hf://{NAME}", f"hf://{NAME}@aaaa"])
+def test_conversion(hub: Hub, tmp_path: Path, source: str) -> None:
+    done = convert(hub, tmp_path / "out", source=source)
+    assert done.returncode == 0, done.stderr
+    assert_right(hub, tmp_path / "out")
+
+
+def test_each_file_is_looked_up_once_and_read_by_ranges(hub: Hub, tmp_path: Path) -> None:
+    assert convert(hub, tmp_path / "out").returncode == 0
+    lookups = [path for method, path, _, _ in hub.log() if "/resolve/" in path]
+    # Planning and converting each open the repository.
+    assert max(map(lookups.count, lookups)) <= 2
+    reads = [range_ for method, path, range_, _ in hub.log() if path.startswith("/cdn/")]
+    assert reads
+    assert all(reads)
+
+
+def test_addresses_that_run_out(hub: Hub, tmp_path: Path) -> None:
+    hub.faults(uses=2)
+    assert convert(hub, tmp_path / "out").returncode == 0
+    hub.faults(uses=1 << 30)
+    assert_right(hub, tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", ["busy", "limited", "reset", "slow"])
+def test_faults_that_pass(hub: Hub, tmp_path: Path, fault: str) -> None:
+    hub.faults(**{fault: 2})
+    done = convert(hub, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert_right(hub, tmp_path / "out")
+
+
+def test_too_few_bytes_are_an_error(hub: Hub, tmp_path: Path) -> None:
+    hub.faults(short=1 << 30)
+    done = convert(hub, tmp_path / "out")
+    assert done.returncode != 0
+    assert "delivered another number of bytes" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "secret-" not in done.stderr + done.stdout
+
+
+def test_a_branch_that_moves_does_not_mix_commits(hub: Hub, tmp_path: Path) -> None:
+    """The result is of the commit at the start, and it is compared with that one."""
+    assert convert(hub, tmp_path / "out").returncode == 0
+    shutil.copytree(hub.folder / NAME / "aaaa", hub.folder / NAME / "bbbb")
+    tiny_models.write(hub.folder / NAME / "bbbb", "llama", seed=2)
+    hub.faults(branches={f"{NAME}@main": "bbbb"})
+    assert_right(hub, tmp_path / "out")
+    done = hub.run("verify", tmp_path / "out", f"--hf_model_path={NAME}", "--revision=bbbb")
+    assert "leaves differ from the source" in done.stderr
+    commits = {
+        path.split("/")[5 if path.startswith("/cdn/") else 4] for _, path, _, _ in hub.log() if "/resolve/" in path
+    }
+    assert commits == {"aaaa", "bbbb"}
+
+
+def test_revisions(hub: Hub, tmp_path: Path) -> None:
+    tiny_models.write(hub.folder / NAME / "bbbb", "llama", seed=2)
+    assert convert(hub, tmp_path / "out", "--revision=bbbb").returncode == 0
+    done = hub.run("verify", tmp_path / "out", f"--hf_model_path={hub.folder / NAME / 'bbbb'}")
+    assert "all equal" in done.stdout
+    done = convert(hub, tmp_path / "other", "--revision=v2")
+    assert "there is no revision 'v2'" in done.stderr
+    done = convert(hub, tmp_path / "other", "--revision=v2", source=str(hub.folder / NAME / "aaaa"))
+    assert "is no repository of the Hugging Face Hub" in done.stderr
+
+
+def test_gated_repositories(hub: Hub, tmp_path: Path) -> None:
+    hub.faults(gated=NAME)
+    done = convert(hub, tmp_path / "out")
+    assert done.returncode != 0
+    assert "is gated. Ask for access at" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "is gated" in hub.run("plan", f"--hf_model_path={NAME}", token="hf_wrong").stderr
+    assert hub.run("plan", f"--hf_model_path={NAME}", token=TOKEN).returncode == 0
+    done = convert(hub, tmp_path / "out", f"--hf_access_token={TOKEN}")
+    assert done.returncode == 0
+    assert TOKEN not in done.stderr + done.stdout
+    assert TOKEN not in "".join(
+        file.read_text(errors="ignore") for file in tmp_path.rglob("*") if file.name == "_METADATA"
+    )
+    # The token is for the Hub, and for no other host.
+    assert {auth for _, path, _, auth in hub.log() if path.startswith("/cdn/")} == {""}
+
+
+def test_repositories_that_are_not_there(hub: Hub, tmp_path: Path) -> None:
+    done = convert(hub, tmp_path / "out", source="org/nothing")
+    assert "no repository of this name" in done.stderr
+    assert "Traceback" not in done.stderr
+    hub.close()
+    done = hub.run("plan", f"--hf_model_path={NAME}")
+    assert "cannot be reached" in done.stderr
+
+
+# ---- Web servers
+
+
+@pytest.mark.parametrize("files", ["single", "index"])
+def test_conversion_from_a_web_server(hub: Hub, tmp_path: Path, files: str) -> None:
+    source = hub.folder / NAME / "aaaa"
+    if files == "index":
+        names = tiny_models.tensors(tiny_models.model("llama"), 1)
+        (source / "model.safetensors").rename(source / "part.safetensors")
+        index = {"weight_map": dict.fromkeys(names, "part.safetensors")}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    url = f"{hub.endpoint}/files/{NAME}/aaaa"
+    done = convert(hub, tmp_path / "out", source=url)
+    assert done.returncode == 0, done.stderr
+    for path in (source, url):
+        done = hub.run("verify", tmp_path / "out", f"--hf_model_path={path}")
+        assert "all equal to the source, bit for bit" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("fault", ["busy", "limited", "reset"])
+def test_faults_of_a_web_server_that_pass(hub: Hub, fault: str) -> None:
+    hub.faults(**{fault: 2})
+    assert hub.run("plan", f"--hf_model_path={hub.endpoint}/files/{NAME}/aaaa").returncode == 0
+
+
+def test_web_servers_without_a_checkpoint(hub: Hub) -> None:
+    done = hub.run("plan", f"--hf_model_path={hub.endpoint}/files/nothing")
+    assert "MissingFileError" in done.stderr
+    assert "found none of config.json" in done.stderr
+    assert "Traceback" not in done.stderr
