@@ -1,24 +1,28 @@
-"""Stores chunks of arrays: zarr3 arrays in OCDBT databases, through TensorStore.
+"""Stores chunks of arrays through TensorStore: zarr arrays, commonly in OCDBT databases, on disks and in buckets.
 
-Each process of each run writes its own OCDBT database, `ocdbt.process_<id>`, below the checkpoint's directory; Orbax
-merges them when all are done. One transaction writes all chunks of a wave: either all of them are there after a crash,
-or none. The keys in the databases are the only record of progress, so it can never disagree with the data.
+With OCDBT each process of each run writes databases of its own, `ocdbt.process_<process>x<plan><random>`, below the
+checkpoint's directory; Orbax merges them when all are done. One transaction writes all chunks of a wave: either all of
+them are there after a crash, or none. Without OCDBT each chunk is a file or object, which is there whole or not at all.
+Either way the keys in storage are the only record of progress, so it can never disagree with the data.
 
-An array is cut into chunks, each a `sharding_indexed` codec of inner chunks, each of those compressed with zstd level 1
-and protected by a crc32c. Level 1 compresses dequantized weights within 2 % of Orbax's level 3 for a fifth of its time,
-and without the crc a flipped bit would be read without an error.
+A zarr3 array is cut into chunks, each a `sharding_indexed` codec of inner chunks, each of those compressed with zstd
+level 1 and protected by a crc32c. Level 1 compresses dequantized weights within 2 % of Orbax's level 3 for a fifth of
+its time, and without the crc a flipped bit would be read without an error. zarr 2 has neither inner chunks nor a crc.
 """
 
 import asyncio
+import hashlib
 import itertools
+import queue
 import secrets
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.errors import OutputError
@@ -34,6 +38,10 @@ _MAX_INLINE_BYTES = 1024
 
 # Nodes of the B-tree kept in memory.
 _NODE_CACHE_BYTES = 32 << 20
+
+# A bucket takes one write to the same object a second, and each commit writes a database's manifest.
+# https://cloud.google.com/storage/quotas
+_BUCKET_SECONDS_BETWEEN_COMMITS = 1.0
 
 _T = TypeVar("_T")
 
@@ -56,37 +64,84 @@ class ArraySpec:
     chunk: Shape
     inner: Shape
 
-    def key(self, box: Box) -> str:
+
+@dataclass(frozen=True)
+class ChunkFormat:
+    """How the chunks of arrays become keys in storage.
+
+    Attributes:
+        ocdbt: Whether databases hold them; otherwise each is a file or object.
+        zarr3: Whether they are those of zarr3; otherwise of zarr 2.
+    """
+
+    ocdbt: bool = True
+    zarr3: bool = True
+
+    def metadata_key(self, array: ArraySpec) -> str:
+        """The storage key of an array's metadata."""
+        return f"{array.name}/{'zarr.json' if self.zarr3 else '.zarray'}"
+
+    def key(self, array: ArraySpec, box: Box) -> str:
         """The storage key of the chunk that begins where the box begins."""
-        return "/".join([self.name, "c", *(str(s // c) for s, c in zip(box.start, self.chunk, strict=True))])
+        return self._key(array, [start // size for start, size in zip(box.start, array.chunk, strict=True)])
 
-    def keys(self) -> Iterator[str]:
-        """The storage keys of all chunks."""
-        grid = [range(-(-size // step)) for size, step in zip(self.shape, self.chunk, strict=True)]
-        return ("/".join([self.name, "c", *map(str, index)]) for index in itertools.product(*grid))
+    def keys(self, array: ArraySpec) -> Iterator[str]:
+        """The storage keys of all chunks of an array, in row-major order."""
+        grid = [range(-(-size // step)) for size, step in zip(array.shape, array.chunk, strict=True)]
+        return (self._key(array, index) for index in itertools.product(*grid))
 
-    @property
-    def metadata_key(self) -> str:
-        """The storage key of the array's metadata."""
-        return f"{self.name}/zarr.json"
+    def _key(self, array: ArraySpec, index: Sequence[int]) -> str:
+        if self.zarr3:
+            return "/".join([array.name, "c", *map(str, index)])
+        return f"{array.name}/{'.'.join(map(str, index)) or '0'}"
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The zarr3 metadata."""
-        little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
-        sharding = {
-            "chunk_shape": list(self.inner),
-            "codecs": [little_endian, {"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}],
-            "index_codecs": [little_endian, {"name": "crc32c"}],
-        }
+    def array(self, array: ArraySpec, store: Mapping[str, Any] | str) -> dict[str, Any]:
+        """The TensorStore spec of an array in a key-value store."""
         return {
-            "shape": list(self.shape),
-            "data_type": self.dtype,
-            "fill_value": 0,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk)}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            **self.existing_array(array.name, store),
+            "metadata": _zarr3_metadata(array) if self.zarr3 else _zarr2_metadata(array),
+            # A chunk of zeros is stored too: a missing key then always means a chunk that was not written.
+            "store_data_equal_to_fill_value": True,
         }
+
+    def existing_array(self, name: str, store: Mapping[str, Any] | str) -> dict[str, Any]:
+        """The TensorStore spec of an array that is there."""
+        kvstore = f"{store}{name}/" if isinstance(store, str) else {**store, "path": f"{name}/"}
+        return {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": kvstore}
+
+    def store(self, directory: epath.Path) -> dict[str, Any] | str:
+        """The TensorStore spec of the key-value store with a finished checkpoint's arrays."""
+        return _database(directory) if self.ocdbt else url(directory)
+
+
+def _zarr3_metadata(array: ArraySpec) -> dict[str, Any]:
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": list(array.inner),
+        "codecs": [little_endian, {"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}],
+        "index_codecs": [little_endian, {"name": "crc32c"}],
+    }
+    return {
+        "shape": list(array.shape),
+        "data_type": array.dtype,
+        "fill_value": 0,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(array.chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+def _zarr2_metadata(array: ArraySpec) -> dict[str, Any]:
+    # What TensorStore calls dtypes in zarr 2: those that NumPy lacks by name, the others as NumPy does.
+    dtype = np.dtype(array.dtype)
+    return {
+        "shape": list(array.shape),
+        "dtype": dtype.str if dtype.kind == "f" else array.dtype,
+        "fill_value": None,
+        "chunks": list(array.chunk),
+        "compressor": {"id": "zstd", "level": 1},
+        "dimension_separator": ".",
+    }
 
 
 @dataclass(frozen=True)
@@ -105,59 +160,60 @@ class Block:
 
 
 class ChunkWriter:
-    """Writes chunks to one database of a checkpoint that is being made. Used from several threads.
+    """Writes chunks of a checkpoint that is being made. Used from several threads.
 
     Attributes:
+        format: How chunks become keys.
         finished: The keys of the chunks that were in storage before, from any process of any earlier run.
     """
 
-    def __init__(self, directory: Path, arrays: Sequence[ArraySpec], process: int, *, writes_metadata: bool):
-        """Opens a database of its own in the checkpoint's directory.
+    def __init__(
+        self,
+        directory: epath.Path,
+        arrays: Sequence[ArraySpec],
+        process: int,
+        *,
+        writes_metadata: bool,
+        chunk_format: ChunkFormat,
+        plan: str,
+    ):
+        """Finds out what there is, and writes the metadata of the arrays.
 
         Args:
-            directory: Where the databases are.
+            directory: The checkpoint's directory.
             arrays: All arrays of the checkpoint.
             process: The index of this process.
             writes_metadata: Whether this process writes the metadata of the arrays; exactly one must.
+            chunk_format: How chunks become keys.
+            plan: The digest of what is written.
         """
+        self.format = chunk_format
         self._directory = directory
+        self._arrays = arrays
+        self._prefix = f"{PROCESS_PREFIX}{process}x{_mark(plan)}"
         self._context = _context()
-        self.finished = finished_keys(directory, self._context)
-        # A database of its own for each run: nothing that a killed run left half written is ever continued.
-        database = directory / f"{PROCESS_PREFIX}{process}x{secrets.token_hex(4)}"
-        self._arrays = self._carry_out(self._open(database, arrays, writes_metadata))
-
-    async def _open(self, database: Path, arrays: Sequence[ArraySpec], create: bool) -> dict[str, ts.TensorStore]:
-        transaction = ts.Transaction(atomic=True) if create else None
-        opened = await asyncio.gather(
-            *(
-                ts.open(
-                    _array_spec(_new_database_spec(database), array),
-                    open=True,
-                    create=create,
-                    assume_metadata=not create,
-                    context=self._context,
-                    transaction=transaction,
-                )
-                for array in arrays
-            )
-        )
-        if transaction is not None:
-            await transaction.commit_async()
-            return await self._open(database, arrays, create=False)
-        return {array.name: store for array, store in zip(arrays, opened, strict=True)}
+        in_bucket = url(directory).startswith("gs://")
+        self._pause = _BUCKET_SECONDS_BETWEEN_COMMITS if in_bucket and chunk_format.ocdbt else 0.0
+        self.finished = finished_keys(directory, chunk_format, plan, self._context)
+        # Those that no thread uses now. Each is committed to by one thread at a time, so that commits can be spaced.
+        self._idle: queue.SimpleQueue[_Database] = queue.SimpleQueue()
+        if writes_metadata:
+            self._carry_out(self._write_metadata())
 
     def missing(self, array: ArraySpec, box: Box) -> list[Box]:
         """The chunks of a region that earlier runs did not finish."""
-        return [chunk for chunk in box.tiles(array.chunk) if array.key(chunk) not in self.finished]
+        return [chunk for chunk in box.tiles(array.chunk) if self.format.key(array, chunk) not in self.finished]
 
-    def write(self, blocks: Iterable[Block]) -> None:
+    def write(self, blocks: Iterable[Block]) -> dict[str, str]:
         """Writes the missing chunks of all blocks in one transaction, and returns when they are durable.
+
+        Returns:
+            The digest of each chunk that was written, by its key; see `digest`.
 
         Raises:
             OutputError: If storage fails.
         """
-        self._carry_out(self._write(blocks))
+        return self._carry_out(self._write(blocks))
 
     def _carry_out(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine to its end, from a thread that has no event loop."""
@@ -170,78 +226,155 @@ class ChunkWriter:
                 "command again: it goes on."
             ) from error
 
-    async def _write(self, blocks: Iterable[Block]) -> None:
-        transaction = ts.Transaction(atomic=True)
+    def _new_store(self) -> dict[str, Any] | str:
+        if not self.format.ocdbt:
+            return url(self._directory)
+        # A database of its own for each run: nothing that a killed run left half written is ever continued.
+        return _new_database(self._directory / f"{self._prefix}{secrets.token_hex(4)}")
+
+    async def _write_metadata(self) -> None:
+        store = self._new_store()
+        transaction = ts.Transaction(atomic=self.format.ocdbt)
+        await asyncio.gather(
+            *(
+                ts.open(
+                    self.format.array(array, store),
+                    open=True,
+                    create=True,
+                    context=self._context,
+                    transaction=transaction,
+                )
+                for array in self._arrays
+            )
+        )
+        await transaction.commit_async()
+        self._idle.put(await self._opened(store))
+
+    async def _opened(self, store: dict[str, Any] | str) -> "_Database":
+        opened = await asyncio.gather(
+            *(
+                ts.open(self.format.array(array, store), open=True, assume_metadata=True, context=self._context)
+                for array in self._arrays
+            )
+        )
+        return _Database(
+            {array.name: found for array, found in zip(self._arrays, opened, strict=True)}, time.monotonic()
+        )
+
+    async def _write(self, blocks: Iterable[Block]) -> dict[str, str]:
+        try:
+            database = self._idle.get_nowait()
+        except queue.Empty:
+            database = await self._opened(self._new_store())
+        transaction = ts.Transaction(atomic=self.format.ocdbt)
         writes = []
+        digests = {}
         for block in blocks:
-            store = self._arrays[block.array.name].with_transaction(transaction)
+            store = database.arrays[block.array.name].with_transaction(transaction)
             for chunk in self.missing(block.array, block.box):
                 offset = tuple(a - b for a, b in zip(chunk.start, block.box.start, strict=True))
                 inside = Box(offset, tuple(o + n for o, n in zip(offset, chunk.shape, strict=True)))
+                values = block.values[inside.slices]
+                digests[self.format.key(block.array, chunk)] = digest(values)
                 # The values outlive the transaction, so TensorStore need not copy them.
-                write = store[chunk.slices].write(
-                    block.values[inside.slices], can_reference_source_data_indefinitely=True
-                )
-                writes.append(write)
+                writes.append(store[chunk.slices].write(values, can_reference_source_data_indefinitely=True))
         await asyncio.gather(*writes)
+        await asyncio.sleep(max(0.0, database.committed + self._pause - time.monotonic()))
         await transaction.commit_async()
+        self._idle.put(_Database(database.arrays, time.monotonic()))
+        return digests
+
+
+@dataclass(frozen=True)
+class _Database:
+    """Open arrays to write to, and when they were last committed to, by `time.monotonic()`."""
+
+    arrays: Mapping[str, ts.TensorStore]
+    committed: float
 
 
 class ChunkReader:
     """Reads regions of the arrays of a finished checkpoint."""
 
-    def __init__(self, directory: Path):
-        """Opens the merged database in the checkpoint's directory."""
-        self._database = _database_spec(directory)
+    def __init__(self, directory: epath.Path, chunk_format: ChunkFormat):
+        """A reader of the arrays in the checkpoint's directory."""
+        self._format = chunk_format
+        self._store = chunk_format.store(directory)
         self._context = _context()
 
     def open(self, name: str) -> ts.TensorStore:
         """The array of this name; its `shape`, `dtype` and chunk layout are the stored ones."""
-        spec = {"driver": "zarr3", "kvstore": {**self._database, "path": f"{name}/"}}
+        spec = self._format.existing_array(name, self._store)
         return ts.open(spec, open=True, read=True, context=self._context).result()
 
 
-def finished_keys(directory: Path, context: ts.Context | None = None) -> frozenset[str]:
-    """The keys in all databases that processes have written below a checkpoint's directory."""
-    context = context or _context()
-    keys: set[str] = set()
-    for database in sorted(directory.glob(f"{PROCESS_PREFIX}*")):
-        if (database / "manifest.ocdbt").exists():
-            store = ts.KvStore.open(_database_spec(database), context=context).result()
-            keys.update(key.decode() for key in store.list().result())
-    return frozenset(keys)
+def digest(values: np.ndarray) -> str:
+    """The SHA-256 of values in row-major order, little-endian, as hexadecimal digits."""
+    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8).data).hexdigest()
 
 
-def missing_keys(directory: Path, arrays: Iterable[ArraySpec]) -> list[str]:
-    """The keys that the merged database in a checkpoint's directory should have, but has not."""
-    store = ts.KvStore.open(_database_spec(directory), context=_context()).result()
-    have = {key.decode() for key in store.list().result()}
-    return [key for array in arrays for key in (array.metadata_key, *array.keys()) if key not in have]
+def finished_keys(directory: epath.Path, chunk_format: ChunkFormat, plan: str, context: ts.Context) -> frozenset[str]:
+    """The keys that processes have written below a checkpoint's directory, following a plan."""
+    if not chunk_format.ocdbt:
+        return _keys(url(directory), context)
+    return frozenset().union(
+        *(_keys(_database(found), context) for found in _databases(directory) if _is_of(found, plan))
+    )
+
+
+def foreign_databases(directory: epath.Path, plan: str) -> list[str]:
+    """The databases below a checkpoint's directory that were written following another plan, by name."""
+    return [found.name for found in _databases(directory) if not _is_of(found, plan)]
+
+
+def _databases(directory: epath.Path) -> list[epath.Path]:
+    return [found for found in sorted(directory.glob(f"{PROCESS_PREFIX}*")) if (found / "manifest.ocdbt").exists()]
+
+
+def _is_of(database: epath.Path, plan: str) -> bool:
+    name: str = database.name
+    return name.removeprefix(PROCESS_PREFIX).partition("x")[2].startswith(_mark(plan))
+
+
+def _mark(plan: str) -> str:
+    """What stands for a plan in the name of a database."""
+    return plan[:12]
+
+
+def missing_keys(directory: epath.Path, arrays: Iterable[ArraySpec], chunk_format: ChunkFormat) -> list[str]:
+    """The keys that a checkpoint's directory should have once databases are merged, but has not."""
+    have = _keys(chunk_format.store(directory), _context())
+    return [
+        key
+        for array in arrays
+        for key in (chunk_format.metadata_key(array), *chunk_format.keys(array))
+        if key not in have
+    ]
+
+
+def url(directory: epath.Path) -> str:
+    """What TensorStore calls a directory."""
+    path = str(directory).rstrip("/")
+    return f"{path}/" if "://" in path else f"file://{path}/"
+
+
+def _keys(store: dict[str, Any] | str, context: ts.Context) -> frozenset[str]:
+    return frozenset(key.decode() for key in ts.KvStore.open(store, context=context).result().list().result())
 
 
 def _context() -> ts.Context:
     return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": _NODE_CACHE_BYTES}})
 
 
-def _database_spec(directory: Path) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": f"file://{directory}/", "cache_pool": "cache_pool#ocdbt"}
+def _database(directory: epath.Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": url(directory), "cache_pool": "cache_pool#ocdbt"}
 
 
-def _new_database_spec(directory: Path) -> dict[str, Any]:
+def _new_database(directory: epath.Path) -> dict[str, Any]:
     config = {
         "max_inline_value_bytes": _MAX_INLINE_BYTES,
         "max_decoded_node_bytes": _MAX_NODE_BYTES,
         "manifest_kind": "single",
     }
     # No process shares its database with another, so no empty manifest need be written first to agree on the config.
-    return {**_database_spec(directory), "config": config, "assume_config": True}
-
-
-def _array_spec(database: dict[str, Any], array: ArraySpec) -> dict[str, Any]:
-    return {
-        "driver": "zarr3",
-        "kvstore": {**database, "path": f"{array.name}/"},
-        "metadata": array.metadata,
-        # A chunk of zeros is stored too: a missing key then always means a chunk that was not written.
-        "store_data_equal_to_fill_value": True,
-    }
+    return {**_database(directory), "config": config, "assume_config": True}

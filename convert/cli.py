@@ -5,24 +5,28 @@ program and keeps the rest of the command.
 """
 
 import argparse
+import dataclasses
 import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from absl.flags import argparse_flags
 from rich.console import Console
 
-from slicecast.convert import hosts
+from slicecast.convert import hosts, interruption
 from slicecast.convert.errors import SlicecastError, StoppedError, UsageError
 from slicecast.convert.settings import Settings
+
+if TYPE_CHECKING:
+    from slicecast.convert.conversion import Done
+    from slicecast.convert.plan import Plan
 
 # Words of MaxText's commands that change nothing here, and why.
 _WITHOUT_EFFECT = {
@@ -103,9 +107,10 @@ def main(arguments: argparse.Namespace) -> int:
         return {"convert": _convert, "plan": _plan, "verify": _verify, "formats": _formats, "families": _families}[
             arguments.command
         ](arguments)
-    except (KeyboardInterrupt, StoppedError):
-        print("slicecast: interrupted; run the same command again to go on.", file=sys.stderr)
-        exit_code = StoppedError.exit_code
+    except (KeyboardInterrupt, StoppedError) as error:
+        stopped = error if isinstance(error, StoppedError) else StoppedError("interrupted")
+        print(f"slicecast: {stopped}; run the same command again to go on.", file=sys.stderr)
+        exit_code = stopped.exit_code
     except SlicecastError as error:
         _print(error)
         exit_code = error.exit_code
@@ -115,21 +120,34 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from slicecast.convert import commands, describe
+    from slicecast.convert import conversion, describe
 
-    console = Console(stderr=True)
-    settings = _settings(arguments)
-    summary = commands.convert(settings, console, describe=lambda plan: describe.show(plan, console))
+    console = Console(stderr=True, quiet=arguments.log_json)
+
+    def echo(event: Mapping[str, Any]) -> None:
+        if arguments.log_json:
+            print(json.dumps(event), file=sys.stderr, flush=True)
+
+    def show_plan(plan: "Plan") -> None:
+        describe.show(plan, console)
+        echo({"event": "plan", **describe.as_json(plan)})
+
+    done = conversion.convert(_settings(arguments), console, describe=show_plan, echo=echo)
     if jax.process_index() == 0:
-        console.print(
-            f"done in {summary.seconds:.1f} s: {summary.waves - summary.resumed} waves written, {summary.resumed} "
-            f"had been written before; read {summary.in_bytes / 1e9:.2f} GB in {summary.requests} requests; peak "
-            f"memory {summary.peak_bytes / 1e9:.2f} GB",
-            highlight=False,
-            soft_wrap=True,
-        )
-        print(f"load_parameters_path={summary.items}")
+        echo({"event": "done", **dataclasses.asdict(done)})
+        console.print(_last_line(done), highlight=False, soft_wrap=True)
+        print(f"load_parameters_path={done.items}")
     return 0
+
+
+def _last_line(done: "Done") -> str:
+    if not done.waves:
+        return f"done in {done.seconds:.1f} s: the checkpoint was finished before"
+    return (
+        f"done in {done.seconds:.1f} s: {done.waves - done.resumed} waves written, {done.resumed} had been written "
+        f"before; read {done.in_bytes / 1e9:.2f} GB in {done.requests} requests; peak memory "
+        f"{done.peak_bytes / 1e9:.2f} GB"
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -146,9 +164,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from slicecast.convert import commands
+    from slicecast.convert.output import open_output
 
     console = Console(stderr=True)
-    output = commands.output_directory(arguments.output)
+    output = open_output(arguments.output)
     settings = commands.settings_of(output, arguments.hf_model_path, arguments.revision)
     lines = commands.verify_checkpoint(settings, arguments.host_memory_gb, console, requantize_too=arguments.requantize)
     for line in lines:
@@ -176,7 +195,7 @@ def _families(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    known = {field.name for field in fields(Settings)}
+    known = {field.name for field in dataclasses.fields(Settings)}
     return Settings(**{name: value for name, value in vars(arguments).items() if name in known})
 
 
@@ -198,6 +217,7 @@ def _start_jax(arguments: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
     if arguments.command == "convert":
         hosts.initialize(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+        interruption.end_on_sigterm()
 
 
 def _as_flags(arguments: Sequence[str]) -> list[str]:
@@ -252,7 +272,15 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     convert = _command(commands, "convert", "convert a checkpoint, or go on converting it")
     _add_model_flags(convert)
-    convert.add_argument("--base_output_directory", metavar="DIR", required=True, help="the result goes to DIR/0/items")
+    convert.add_argument(
+        "--base_output_directory", metavar="DIR", required=True,
+        help="the result goes to DIR/0/items: a directory, gs://bucket/path, or hf://org/name",
+    )  # fmt: skip
+    convert.add_argument(
+        "--overwrite", action="store_true",
+        help="remove another checkpoint that is in DIR, finished or not; make sure that no other run writes there",
+    )  # fmt: skip
+    convert.add_argument("--log_json", action="store_true", help="print events as JSON, one a line, on every host")
     _add_memory_flags(convert)
     _add_device_flags(convert)
     convert.add_argument(
@@ -329,6 +357,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--save_dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), default="bfloat16",
         help="the dtype of the weights (default: bfloat16); a few small leaves are always float32, see docs/dtypes.md; "
         "float8_e4m3fn keeps FP8 weights and their scales as they are, for MaxText's *-fp8 models",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint_storage_use_ocdbt", metavar="BOOL", type=_boolean, nargs="?", const=True, default=True,
+        help="store chunks in a database (default: true); false, for Pathways, stores each as a file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint_storage_use_zarr3", metavar="BOOL", type=_boolean, nargs="?", const=True, default=True,
+        help="store arrays as zarr3 (default: true); false is zarr 2, which has no checksums",
     )  # fmt: skip
     parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
     parser.add_argument(

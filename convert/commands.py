@@ -1,46 +1,32 @@
-"""What the subcommands do, from settings to results."""
+"""What `plan` and `verify` do, from settings to results; `convert` is in `conversion.py`."""
 
-import contextlib
 import dataclasses
-import hashlib
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import jax
+from etils import epath
 from rich.console import Console
 
 from slicecast.configs import families, maxtext, slices
-from slicecast.convert import hosts, orbax_checkpoint, plan, requantize, verify
+from slicecast.convert import orbax_checkpoint, plan, requantize, verify
 from slicecast.convert.codecs import quantization_config
-from slicecast.convert.device import choose_implementation
 from slicecast.convert.errors import OutputError, TargetError, UsageError, VerificationError
 from slicecast.convert.mapping import resolve
 from slicecast.convert.mapping.rules import Ignore, ModelOptions
 from slicecast.convert.mapping.target import Layout
 from slicecast.convert.memory import GB, Machine, available_host_bytes
-from slicecast.convert.pipeline import Pipeline, array_spec
+from slicecast.convert.output import open_output
 from slicecast.convert.plan import Plan
-from slicecast.convert.progress import ProgressDisplay, peak_resident_bytes
 from slicecast.convert.requantize import Requantized
 from slicecast.convert.settings import Settings
-from slicecast.convert.source.checkpoint import open_checkpoint, sample_contents
+from slicecast.convert.source.checkpoint import open_checkpoint
 
 # The part of free memory that is used where the user gives no budget; the rest is for the program itself and for
 # others.
 _DEFAULT_SHARE = 0.75
 
-# The file in the output directory that holds the digest of source and plan. It matters while the checkpoint is
-# unfinished.
-_PLAN_FILE = "slicecast-plan"
-
 # Settings that say what the result is; `verify` finds them in the checkpoint's metadata.
-_RECORDED = (
+RECORDED = (
     "param_scan_axis",
     "save_dtype",
     "model_name",
@@ -54,29 +40,6 @@ _RECORDED = (
 
 # Boxes compared at once by `verify`; NumPy lets go of the interpreter for most of the work.
 _VERIFY_WORKERS = 2
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion did, on this process.
-
-    Attributes:
-        items: The directory to give to MaxText as `load_parameters_path`.
-        waves: How many waves the process had.
-        resumed: How many of them an earlier run had finished.
-        in_bytes: Source bytes read.
-        requests: Read requests.
-        seconds: Time taken.
-        peak_bytes: The most memory that the process held.
-    """
-
-    items: str
-    waves: int
-    resumed: int
-    in_bytes: int
-    requests: int
-    seconds: float
-    peak_bytes: int
 
 
 def make_plan(settings: Settings, machine: Machine) -> Plan:
@@ -154,149 +117,14 @@ def _bytes(gigabytes: float | None, available: int) -> int:
     return int(available * _DEFAULT_SHARE) if gigabytes is None else int(gigabytes * GB)
 
 
-def convert(settings: Settings, console: Console, *, describe: Callable[[Plan], None]) -> Summary:
-    """Converts a checkpoint; called by all processes.
-
-    Args:
-        settings: What the user asked for.
-        console: Where process 0 shows what happens.
-        describe: Called with the plan on process 0, before anything is written.
-
-    Raises:
-        SlicecastError: If something keeps the checkpoint from being converted, or from being finished.
-    """
-    start = time.monotonic()
-    if settings.base_output_directory is None:
-        raise OutputError("convert needs --base_output_directory.")
-    output = output_directory(settings.base_output_directory)
-    made = make_plan(settings, hosts.smallest(this_machine(settings)))
-    process = jax.process_index()
-    digest = hashlib.sha256(f"{made.digest} {sample_contents(made.checkpoint)}".encode()).hexdigest()
-    hosts.check_agreement(digest)
-    hosts.check_shared(output)
-    _check_output(output, digest)
-    _begin(output, digest)
-    if process == 0:
-        describe(made)
-
-    waves = made.waves[process]
-    display_console = console if process == 0 else Console(quiet=True)
-    label = f"host 0 of {made.machine.hosts}: " if made.machine.hosts > 1 else ""
-    out_bytes = sum(wave.out_bytes for wave in waves)
-    with ProgressDisplay(display_console, len(waves), out_bytes, made.machine.host_bytes, label) as display:
-        implementation, warning = choose_implementation(jax.local_devices()[0], made.kernels)
-        if warning is not None:
-            display_console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
-        pipeline = Pipeline(made, process, jax.local_devices(), display.report, implementation)
-        arrays = {planned.leaf.path: array_spec(planned) for planned in made.leaves}
-        with _on_interrupt(pipeline.stop):
-            orbax_checkpoint.save(output, arrays, pipeline.run, _custom_metadata(settings, made))
-    return Summary(
-        items=str(output / orbax_checkpoint.STEP / orbax_checkpoint.ITEM),
-        waves=display.waves,
-        resumed=display.resumed,
-        in_bytes=pipeline.reader.bytes_read,
-        requests=pipeline.reader.requests,
-        seconds=time.monotonic() - start,
-        peak_bytes=peak_resident_bytes(),
-    )
-
-
-@contextlib.contextmanager
-def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Calls `stop` at the first Ctrl-C, whatever the main thread waits for then; the second has its usual effect.
-
-    An exception in the main thread would not do: Orbax would wait for the conversion, which would not know of it.
-    """
-
-    def handle(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        stop()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def output_directory(path: str) -> Path:
-    """The local directory that a flag names.
-
-    Raises:
-        OutputError: If it is a URL.
-    """
-    if "://" in path:
-        raise OutputError(f"{path}: only directories can be written. Mount the bucket, and give the directory.")
-    return Path(os.path.abspath(path))
-
-
-def _custom_metadata(settings: Settings, made: Plan) -> dict[str, Any]:
-    """The step's custom metadata: `scan_layers` for MaxText, the rest for `verify` and for resuming."""
-    return {
-        "scan_layers": settings.scan_layers,
-        "slicecast": {
-            "version": metadata.version("slicecast"),
-            "plan": made.digest,
-            "source": made.checkpoint.path,
-            **{name: getattr(settings, name) for name in _RECORDED},
-        },
-    }
-
-
-def _check_output(output: Path, digest: str) -> None:
-    """Refuses an output directory that holds a finished checkpoint, or an unfinished one with another plan."""
-    finished = orbax_checkpoint.finished_checkpoint(output)
-    if finished is not None:
-        raise OutputError(
-            f"{finished}: there is a finished checkpoint already. Give another --base_output_directory, or remove it."
-        )
-    unfinished = orbax_checkpoint.unfinished_checkpoint(output)
-    if unfinished is None or not orbax_checkpoint.has_data(unfinished):
-        return
-    begun = _begun_plan(output)
-    if begun != digest:
-        raise OutputError(
-            f"{unfinished}: an unfinished checkpoint of another source, with other flags, or of another version of "
-            f"slicecast is there (begun as {str(begun)[:12]}, this is {digest[:12]}). Run the "
-            "command that began it, give another --base_output_directory, or remove it."
-        )
-
-
-def _begun_plan(output: Path) -> str | None:
-    """The digest of source and plan that the unfinished checkpoint in an output directory follows."""
-    try:
-        return (output / _PLAN_FILE).read_text()
-    except FileNotFoundError:
-        return None
-
-
-def _begin(output: Path, digest: str) -> None:
-    """Makes the output directory, and notes in it which source and plan it is for."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            # Renamed into place, so that it is whole whenever the run is killed.
-            written = output / f"{_PLAN_FILE}.new"
-            written.write_text(digest)
-            written.replace(output / _PLAN_FILE)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror}). Give another directory.") from error
-
-
-def _own_metadata(step: Path) -> Mapping[str, Any]:
-    own = orbax_checkpoint.read_custom_metadata(step).get("slicecast")
-    return own if isinstance(own, dict) else {}
-
-
-def settings_of(output: Path, hf_model_path: str, revision: str | None = None) -> Settings:
+def settings_of(output: epath.Path, hf_model_path: str, revision: str | None = None) -> Settings:
     """The settings that a finished checkpoint was made with, from its metadata.
 
     Raises:
         OutputError: If there is no finished checkpoint, or slicecast did not make it.
     """
     step = orbax_checkpoint.require_finished(output)
-    own = _own_metadata(step)
+    own = orbax_checkpoint.read_own_metadata(step)
     if not own:
         raise OutputError(f"{step}: this checkpoint was not written by slicecast; verify can only check its own.")
     recorded = str(own.get("source"))
@@ -308,7 +136,7 @@ def settings_of(output: Path, hf_model_path: str, revision: str | None = None) -
         base_output_directory=str(output),
         scan_layers=bool(orbax_checkpoint.read_custom_metadata(step)["scan_layers"]),
         override_model_config=True,
-        **{name: own[name] for name in _RECORDED if name in own},
+        **{name: own[name] for name in RECORDED if name in own},
     )
 
 
@@ -331,7 +159,7 @@ def verify_checkpoint(
         OutputError: If there is no finished checkpoint of ours.
         UsageError: If there is nothing to quantize again.
     """
-    output = Path(str(settings.base_output_directory))
+    output = open_output(str(settings.base_output_directory))
     machine = Machine(1, 1, _bytes(host_memory_gb, available_host_bytes()), None)
     made = make_plan(settings, machine)
     arrays = orbax_checkpoint.open_arrays(output)
@@ -352,7 +180,7 @@ def verify_checkpoint(
     return lines
 
 
-def _requantized(found: Requantized, output: Path) -> str:
+def _requantized(found: Requantized, output: epath.Path) -> str:
     if not found.leaves:
         raise UsageError("--requantize: no leaf of this checkpoint comes from symmetric INT4 weights alone.")
     if found.differences:

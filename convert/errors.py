@@ -77,7 +77,7 @@ class BudgetError(SlicecastError):
 
 
 class OutputError(SlicecastError):
-    """The output directory cannot be used: it is finished, belongs to another plan, or is not shared by all hosts."""
+    """The output cannot be used: another checkpoint or run is there, hosts do not share it, or storage fails."""
 
 
 class ReadError(SlicecastError):
@@ -88,6 +88,12 @@ class StoppedError(SlicecastError):
     """The user interrupted the run."""
 
     exit_code = 130  # What shells use for a command ended by Ctrl-C.
+
+
+class PreemptedError(StoppedError):
+    """The machine is taken away, or a scheduler ends the run: SIGTERM."""
+
+    exit_code = 143  # What shells use for a command ended by SIGTERM. XPK starts again after 127 to 255.
 
 
 class IncompleteError(SlicecastError):

@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import secrets
 import sys
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from slicecast.convert.errors import OutputError, UsageError
@@ -72,25 +74,56 @@ def smallest(machine: Machine) -> Machine:
     )
 
 
-def check_agreement(digest: str) -> None:
-    """Checks that all processes have made the same plan.
+def check_agreement(facts: Mapping[str, str]) -> None:
+    """Checks that all processes are about to do the same.
+
+    Args:
+        facts: What must be equal everywhere, by name.
 
     Raises:
-        UsageError: On every process, if one differs.
+        UsageError: On every process, if something differs on one.
     """
     if jax.process_count() == 1:
         return
-    mine = np.frombuffer(hashlib.sha256(digest.encode()).digest(), np.uint8)
+    mine = np.array([list(hashlib.sha256(value.encode()).digest()) for value in facts.values()], np.uint8)
     everyones = np.asarray(multihost_utils.process_allgather(mine))
-    different = [i for i, theirs in enumerate(everyones) if not np.array_equal(theirs, everyones[0])]
-    if different:
-        raise UsageError(
-            f"processes {different} have made another plan than process 0. Give all processes the same flags, the same "
-            "source and the same version of slicecast."
-        )
+    for i, name in enumerate(facts):
+        different = [
+            process for process, theirs in enumerate(everyones) if not np.array_equal(theirs[i], everyones[0, i])
+        ]
+        if different:
+            raise UsageError(
+                f"processes {different} have another {name} than process 0 (here it is {facts[name]}). Give all "
+                "processes the same flags, the same source and the same version of slicecast."
+            )
 
 
-def check_shared(output: Path) -> None:
+def on_first(function: Callable[[], str]) -> str:
+    """What a function returns on process 0, where alone it is called, on all processes.
+
+    Raises:
+        OutputError: On every process, if the function raises it.
+    """
+    if jax.process_count() == 1:
+        return function()
+    answer = {}
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": function()}
+        except OutputError as error:
+            answer = {"error": str(error)}
+    encoded = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array([len(encoded)], np.int32))[0])
+    padded = np.zeros(length, np.uint8)
+    padded[: len(encoded)] = encoded[:length]
+    answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    if "error" in answer:
+        raise OutputError(answer["error"])
+    value: str = answer["value"]
+    return value
+
+
+def check_shared(output: epath.Path) -> None:
     """Checks that all processes see the same output directory.
 
     Raises:
@@ -103,13 +136,17 @@ def check_shared(output: Path) -> None:
     token = np.asarray(multihost_utils.broadcast_one_to_all(token)).astype(np.uint8)
     witness = output / f".slicecast-{token.tobytes().hex()}"
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError):  # Then nobody sees it, process 0 neither.
+        # Backends of storage have errors of their own. After one nobody sees the file, process 0 neither.
+        with contextlib.suppress(Exception):
             output.mkdir(parents=True, exist_ok=True)
-            witness.touch()
+            witness.write_text("")
     multihost_utils.sync_global_devices("slicecast: witness written")
-    seen = np.asarray(multihost_utils.process_allgather(np.array([witness.exists()])))
+    sees = False
+    with contextlib.suppress(Exception):
+        sees = witness.exists()
+    seen = np.asarray(multihost_utils.process_allgather(np.array([sees])))
     multihost_utils.sync_global_devices("slicecast: witness seen")
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and seen.reshape(-1)[0]:
         witness.unlink(missing_ok=True)
     blind = [i for i, saw in enumerate(seen.reshape(-1)) if not saw]
     if blind:

@@ -6,9 +6,12 @@ what makes the result an ordinary checkpoint: the directory layout, the tree met
 merge of the per-process databases, and the commit.
 
     <output>/0.orbax-checkpoint-tmp/    while it is written: nothing that a loader would open
-    <output>/0/items/                   after the commit
+    <output>/0/items/                   after the commit, which renames
 
-A killed run leaves the first of these. The next run continues in it (`_Resumable`), where Orbax by itself would delete
+A bucket cannot rename. There `<output>/0/` is written in place, and the commit is the file `commit_success.txt`,
+without which Orbax loads nothing.
+
+A killed run leaves an unfinished step. The next run continues in it (`_continuing`), where Orbax by itself would delete
 it.
 
 Reading goes through Orbax too, with a handler that opens each array in place of reading it whole.
@@ -18,7 +21,6 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +31,14 @@ from etils import epath
 from orbax.checkpoint import future as ocp_future
 from orbax.checkpoint import path as ocp_path
 
-from slicecast.convert.chunk_store import ArraySpec, ChunkReader, ChunkWriter, missing_keys
+from slicecast.convert.chunk_store import (
+    ArraySpec,
+    ChunkFormat,
+    ChunkReader,
+    ChunkWriter,
+    foreign_databases,
+    missing_keys,
+)
 from slicecast.convert.errors import IncompleteError, OutputError
 
 STEP = "0"
@@ -63,8 +72,10 @@ class _StreamedLeaf:
 class _StreamHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
     """Writes streamed leaves by running a conversion in the background."""
 
-    def __init__(self, convert: Convert):
+    def __init__(self, convert: Convert, chunk_format: ChunkFormat, plan: str):
         self._convert = convert
+        self._format = chunk_format
+        self._plan = plan
 
     def typestr(self) -> str:
         """What the tree metadata says of each leaf: on disk it is an ordinary array."""
@@ -89,65 +100,108 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
             raise OutputError(
                 f"Orbax names the leaves {names[:3]}..., which is not what slicecast expects; use another version."
             )
-        directory = Path(infos[0].parent_dir)
+        directory = epath.Path(infos[0].parent_dir)
         arrays = [value.array for value in values]
         process = jax.process_index()
         # In a thread of its own: the conversion blocks, and this coroutine's loop must stay free.
         await asyncio.to_thread(
-            lambda: self._convert(ChunkWriter(directory, arrays, process, writes_metadata=process == 0))
+            lambda: self._convert(
+                ChunkWriter(
+                    directory,
+                    arrays,
+                    process,
+                    writes_metadata=process == 0,
+                    chunk_format=self._format,
+                    plan=self._plan,
+                )
+            )
         )
 
 
-class _Resumable(ocp_path.atomicity.AtomicRenameTemporaryPath):  # type: ignore[misc]
-    """A temporary directory that a killed run's successor continues in."""
+def _continuing(
+    output: epath.Path,
+    arrays: Sequence[ArraySpec],
+    chunk_format: ChunkFormat,
+    plan: str,
+    before_commit: Callable[[], None],
+) -> type[ocp_path.atomicity_types.TemporaryPath]:
+    """A temporary directory that a killed run's successor continues in, and that is committed only if it is complete.
 
-    async def create(self) -> epath.Path:
-        temporary, final = self.get(), self.get_final()
-        if final.exists() and not temporary.exists():
-            final.rename(temporary)  # Killed after the item was renamed and before the step was.
-        if temporary.exists() and (temporary.name.startswith(ITEM) or has_data(Path(temporary))):
-            (temporary / _COMMIT_FILE).unlink(missing_ok=True)
-            return temporary
-        return await super().create()
-
-
-def _checked(arrays: Sequence[ArraySpec]) -> type[_Resumable]:
-    """A temporary directory that is committed only if all chunks of all arrays are in it.
-
-    Orbax does not look, and the loader that MaxText uses reads a missing chunk as zeros.
+    Orbax does not look whether all chunks of all arrays are there, and the loader that MaxText uses reads a missing
+    chunk as zeros.
     """
+    base = (
+        ocp_path.atomicity.CommitFileTemporaryPath
+        if _in_bucket(output)
+        else ocp_path.atomicity.AtomicRenameTemporaryPath
+    )
 
-    class Checked(_Resumable):
+    class Continuing(base):  # type: ignore[misc, valid-type]
+        async def create(self) -> epath.Path:
+            temporary, final = self.get(), self.get_final()
+            if final != temporary and final.exists() and not temporary.exists():
+                final.rename(temporary)  # Killed after the item was renamed and before the step was.
+            if temporary.exists() and (temporary.name.startswith(ITEM) or has_data(temporary)):
+                (temporary / _COMMIT_FILE).unlink(missing_ok=True)
+                return temporary
+            return await super().create()
+
         async def finalize(self) -> None:
             if self.get().name.startswith(ITEM):
-                missing = await asyncio.to_thread(missing_keys, Path(self.get()), arrays)
+                # After the merge, so that nothing can have come in between.
+                foreign = await asyncio.to_thread(foreign_databases, self.get(), plan)
+                if foreign:
+                    raise OutputError(
+                        f"{self.get()}: {foreign[0]} was written by a run with another plan, so the checkpoint was "
+                        "not committed. Make sure that no other run is there, and start again with --overwrite."
+                    )
+                missing = await asyncio.to_thread(missing_keys, self.get(), arrays, chunk_format)
                 if missing:
                     raise IncompleteError(
                         f"{self.get()}: {len(missing)} chunks are missing, among them {missing[:3]}; the checkpoint "
                         "was not committed. Run the same command again: it writes what is missing."
                     )
+            before_commit()
             await super().finalize()
 
-    return Checked
+    return Continuing
 
 
-def finished_checkpoint(output: Path) -> Path | None:
+def _in_bucket(output: epath.Path) -> bool:
+    return "://" in str(output)
+
+
+def finished_checkpoint(output: epath.Path) -> epath.Path | None:
     """The directory of the finished checkpoint in an output directory, if there is one."""
     step = output / STEP
-    return step if step.exists() else None
+    finished = (step / _COMMIT_FILE).exists() if _in_bucket(output) else step.exists()
+    return step if finished else None
 
 
-def unfinished_checkpoint(output: Path) -> Path | None:
+def unfinished_checkpoint(output: epath.Path) -> epath.Path | None:
     """The directory that an interrupted run left in an output directory, if there is one."""
-    return next(output.glob(f"{STEP}.orbax-checkpoint-tmp*"), None)
+    if _in_bucket(output):
+        step = output / STEP
+        return step if step.exists() and finished_checkpoint(output) is None else None
+    return next(iter(output.glob(f"{STEP}.orbax-checkpoint-tmp*")), None)
 
 
-def has_data(step: Path) -> bool:
+def has_data(step: epath.Path) -> bool:
     """Whether a step's directory holds more than its own metadata."""
-    return any(step.glob(f"{ITEM}*"))
+    return any(child.name.startswith(ITEM) for child in step.iterdir())
 
 
-def require_finished(output: Path) -> Path:
+def remove(output: epath.Path) -> None:
+    """Removes a checkpoint, finished or not, from an output directory."""
+    finished = finished_checkpoint(output)
+    if finished is not None and _in_bucket(output):
+        (finished / _COMMIT_FILE).unlink()  # First, so that what is left of it never looks whole.
+    for step in (finished, unfinished_checkpoint(output)):
+        if step is not None:
+            step.rmtree()
+
+
+def require_finished(output: epath.Path) -> epath.Path:
     """The directory of the finished checkpoint in an output directory.
 
     Raises:
@@ -160,7 +214,7 @@ def require_finished(output: Path) -> Path:
     return step
 
 
-def read_custom_metadata(step: Path) -> Mapping[str, Any]:
+def read_custom_metadata(step: epath.Path) -> Mapping[str, Any]:
     """The custom metadata of a finished step; empty where there is none."""
     try:
         custom = json.loads((step / _METADATA_FILE).read_text()).get("custom_metadata")
@@ -169,30 +223,53 @@ def read_custom_metadata(step: Path) -> Mapping[str, Any]:
     return custom if isinstance(custom, dict) else {}
 
 
-def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom_metadata: Mapping[str, Any]) -> None:
+def read_own_metadata(step: epath.Path) -> Mapping[str, Any]:
+    """What slicecast wrote into the metadata of a step; empty where it did not write it."""
+    own = read_custom_metadata(step).get("slicecast")
+    return own if isinstance(own, dict) else {}
+
+
+def save(
+    output: epath.Path,
+    arrays: Mapping[str, ArraySpec],
+    convert: Convert,
+    custom_metadata: Mapping[str, Any],
+    *,
+    chunk_format: ChunkFormat,
+    plan: str,
+    before_commit: Callable[[], None],
+) -> None:
     """Writes a checkpoint to `<output>/0/items`, or goes on with an unfinished one; called by all processes.
 
     Args:
-        output: A local directory, the same on all processes.
-        arrays: The leaves by path, keys joined by `/`.
-        convert: Writes all chunks that this process owns. Called once, in a thread.
-        custom_metadata: JSON for the step's custom metadata.
+        output: A directory or path in a bucket, the same on all processes.
+        arrays: The arrays by path in the tree, as `params/decoder/...`.
+        convert: Writes all chunks of this process.
+        custom_metadata: Goes into the step's metadata.
+        chunk_format: How chunks are stored.
+        plan: The digest of what is written; chunks of another are never taken over.
+        before_commit: Called on process 0 when all is written; an error keeps the checkpoint from being committed.
 
     Raises:
-        IncompleteError: If chunks are missing at the end.
         OutputError: If storage fails.
+        IncompleteError: If chunks are missing at the end.
+        SlicecastError: Whatever `convert` and `before_commit` raise.
     """
     processes = ocp.options.MultiprocessingOptions(
         # Named processes make Orbax's barriers use the coordination service. Without, they are device collectives,
         # which could mix with the conversion's own programs on the chips.
         active_processes=set(range(jax.process_count()))
     )
-    temporary_path_class = _checked(list(arrays.values()))
-    registry = ocp.type_handlers.create_type_handler_registry((_StreamedLeaf, _StreamHandler(convert)))
+    temporary_path_class = _continuing(output, list(arrays.values()), chunk_format, plan, before_commit)
+    handler_of_leaves = _StreamHandler(convert, chunk_format, plan)
+    registry = ocp.type_handlers.create_type_handler_registry((_StreamedLeaf, handler_of_leaves))
     handler = ocp.CompositeCheckpointHandler(
         **{
             ITEM: ocp.PyTreeCheckpointHandler(
-                use_ocdbt=True, use_zarr3=True, type_handler_registry=registry, multiprocessing_options=processes
+                use_ocdbt=chunk_format.ocdbt,
+                use_zarr3=chunk_format.zarr3,
+                type_handler_registry=registry,
+                multiprocessing_options=processes,
             )
         },
         composite_options=ocp.CompositeOptions(
@@ -204,12 +281,14 @@ def save(output: Path, arrays: Mapping[str, ArraySpec], convert: Convert, custom
         async_options=ocp.options.AsyncOptions(timeout_secs=_TIMEOUT_SECONDS),
         temporary_path_class=temporary_path_class,
         multiprocessing_options=processes,
+        # In a bucket the step is there already when a run goes on. What is finished has been looked for before.
+        file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
     )
     tree = _nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
     try:
         with checkpointer:
             checkpointer.save(
-                epath.Path(output) / STEP,
+                output / STEP,
                 args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}),
                 custom_metadata=dict(custom_metadata),
             )
@@ -235,11 +314,14 @@ class _OpenHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
         return await asyncio.to_thread(self._open, infos)
 
     def _open(self, infos: Sequence[Any]) -> list[ts.TensorStore]:
-        reader = ChunkReader(Path(infos[0].parent_dir))
+        info = infos[0]
+        reader = ChunkReader(
+            epath.Path(info.parent_dir), ChunkFormat(ocdbt=info.is_ocdbt_checkpoint, zarr3=info.use_zarr3)
+        )
         return [reader.open(info.name) for info in infos]
 
 
-def open_arrays(output: Path) -> dict[str, ts.TensorStore]:
+def open_arrays(output: epath.Path) -> dict[str, ts.TensorStore]:
     """The arrays of the finished checkpoint in an output directory, by path, open for reading.
 
     Raises:
@@ -250,7 +332,7 @@ def open_arrays(output: Path) -> dict[str, ts.TensorStore]:
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            tree = checkpointer.restore(epath.Path(step) / ITEM, args=ocp.args.PyTreeRestore())
+            tree = checkpointer.restore(step / ITEM, args=ocp.args.PyTreeRestore())
     except (OSError, KeyError, TypeError, ValueError) as error:  # What Orbax and TensorStore raise for damaged files.
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise OutputError(f"{step}: the checkpoint is damaged and cannot be opened: {cause}") from error

@@ -8,8 +8,10 @@ when its bytes fit the budget beside those in flight, so the budget bounds them 
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -23,8 +25,44 @@ from slicecast.convert.plan import Plan, PlannedLeaf, Wave, WorkBox
 from slicecast.convert.source.reader import Reader
 from slicecast.kernels.implementation import Implementation
 
-# Called after each wave with the wave and whether it had been finished by an earlier run.
-Report = Callable[[Wave, bool], None]
+
+@dataclass(frozen=True)
+class WaveReport:
+    """What became of a wave.
+
+    Attributes:
+        number: Its place among the waves of the process.
+        done_bytes: Bytes of output that the wave stands for.
+        in_bytes: Bytes that had to be read now.
+        out_bytes: Bytes of output that had to be written now; 0 if an earlier run had finished the wave.
+        seconds: Time that its boxes took, by stage: `read`, `compute`, `write`.
+        digests: The digest of each chunk that was written now, by key.
+    """
+
+    number: int
+    done_bytes: int
+    in_bytes: int = 0
+    out_bytes: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+Report = Callable[[WaveReport], None]
+
+STAGES = ("read", "compute", "write")
+
+
+class _Stopwatch:
+    """How long each stage of one wave has taken. Used by one thread."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[stage] += time.monotonic() - start
 
 
 def array_spec(planned: PlannedLeaf) -> ArraySpec:
@@ -66,31 +104,42 @@ class Pipeline:
         process: int,
         devices: Sequence[jax.Device],
         report: Report,
+        check: Callable[[], None],
         implementation: Implementation = "auto",
     ):
-        """A pipeline that calls `report` after each wave, from its workers' threads."""
+        """A pipeline of one process.
+
+        Args:
+            plan: The plan.
+            process: Whose part of it.
+            devices: What computes.
+            report: Called after each wave, from the workers' threads.
+            check: Called before anything is written, from the workers' threads; an error ends the run.
+            implementation: Of the kernels.
+        """
         self._plan = plan
         self._waves = plan.waves[process]
         self._runner = DeviceRunner(devices, plan.device_slots)
         self._report = report
+        self._check = check
         self._implementation = implementation
         self._gate = _MemoryGate(plan.machine.host_bytes)
         self._stop = threading.Event()
-        self._stopped = False
+        self._stopped: StoppedError | None = None
         self.reader = Reader(plan.checkpoint.storage)
 
     def run(self, writer: ChunkWriter) -> None:
         """Carries out the plan; returns when all chunks are durable. The first error stops all and is raised."""
-        waves = iter(self._waves)
+        waves = enumerate(self._waves)
         lock = threading.Lock()
         workers = self._plan.waves_in_flight
         with ThreadPoolExecutor(workers, thread_name_prefix="slicecast-wave") as pool:
             futures = [pool.submit(self._work, waves, lock, writer) for _ in range(workers)]
             self._wait(futures)
 
-    def stop(self) -> None:
-        """Makes `run` end with `StoppedError`, when the waves in flight are done."""
-        self._stopped = True
+    def stop(self, why: StoppedError) -> None:
+        """Makes `run` end with this error, when the waves in flight are done."""
+        self._stopped = why
         self._stop.set()
 
     def _wait(self, futures: Sequence[Future[None]]) -> None:
@@ -100,32 +149,41 @@ class Pipeline:
             self._stop.set()
         for future in futures:
             future.result()
-        if self._stopped:
-            raise StoppedError("interrupted")
+        if self._stopped is not None:
+            raise self._stopped
 
-    def _work(self, waves: Iterator[Wave], lock: threading.Lock, writer: ChunkWriter) -> None:
+    def _work(self, waves: Iterator[tuple[int, Wave]], lock: threading.Lock, writer: ChunkWriter) -> None:
         while not self._stop.is_set():
             with contextlib.ExitStack() as inside:
                 with lock:  # Held while waiting for memory too: waves begin in order, so a large one is not overtaken.
-                    wave = next(waves, None)
+                    number, wave = next(waves, (0, None))
                     if wave is None:
                         return
                     todo = [work for work in wave.boxes if writer.missing(array_spec(work.leaf), work.box)]
-                    inside.enter_context(self._gate.admit(Wave(tuple(todo)).host_bytes(self._plan.machine)))
+                    left = Wave(tuple(todo))
+                    inside.enter_context(self._gate.admit(left.host_bytes(self._plan.machine)))
+                stopwatch = _Stopwatch()
+                digests: Mapping[str, str] = {}
                 if todo:
-                    writer.write([self._convert(work) for work in todo])
-            self._report(wave, not todo)
+                    blocks = [self._convert(work, stopwatch) for work in todo]
+                    self._check()
+                    with stopwatch.measure("write"):
+                        digests = writer.write(blocks)
+                    del blocks
+            self._report(WaveReport(number, wave.out_bytes, left.in_bytes, left.out_bytes, stopwatch.seconds, digests))
 
-    def _convert(self, work: WorkBox) -> Block:
+    def _convert(self, work: WorkBox, stopwatch: _Stopwatch) -> Block:
         """Reads and computes one box."""
         planned, box = work.leaf, work.box
         leaf = planned.leaf
         tensors = planned.tensors(box)
         start, stop = planned.rows(box)
-        arrays = self._prepared(tensors, start, stop)
+        with stopwatch.measure("read"):
+            arrays = self._prepared(tensors, start, stop)
         element = leaf.element_box(box)
         # One array [tensors, *element]; the stacked axes are unfolded from its first axis, in the order of the leaf.
-        values = self._values(planned, tensors, arrays, element)
+        with stopwatch.measure("compute"):
+            values = self._values(planned, tensors, arrays, element)
         stacked = [axis for axis, _ in leaf.stacked]
         values = values.reshape([box.shape[axis] for axis in stacked] + list(element.shape))
         values = np.moveaxis(values, range(len(stacked)), stacked)

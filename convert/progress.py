@@ -2,13 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from slicecast.convert.memory import GB
-from slicecast.convert.plan import Wave
+from slicecast.convert.pipeline import WaveReport
 
 # A line for every wave of a large model would be thousands; on a log, one every few seconds is enough.
 _SECONDS_BETWEEN_LINES = 5.0
@@ -42,6 +42,7 @@ class ProgressDisplay:
         self._lock = threading.Lock()
         self._in_bytes = self._out_bytes = self._done_bytes = 0
         self.waves = self.resumed = 0
+        self._hosts = ""
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=console)
@@ -56,22 +57,29 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def report(self, wave: Wave, was_finished: bool) -> None:
+    def report(self, wave: WaveReport) -> None:
         """Counts a wave, and shows the state if it is time to."""
         with self._lock:
             self.waves += 1
-            self._done_bytes += wave.out_bytes
-            if was_finished:
+            self._done_bytes += wave.done_bytes
+            self._in_bytes += wave.in_bytes
+            self._out_bytes += wave.out_bytes
+            if not wave.out_bytes:
                 self.resumed += 1
-            else:
-                self._in_bytes += wave.in_bytes
-                self._out_bytes += wave.out_bytes
             now = self._clock()
             if self._bar is not None:
                 self._bar.update(self._task, completed=self._done_bytes, description=self._line(now))
             elif now - self._last_line >= _SECONDS_BETWEEN_LINES or self.waves == self._total_waves:
                 self._last_line = now
                 self._console.print(self._line(now), highlight=False, soft_wrap=True)
+
+    def compare(self, done: Mapping[int, float]) -> None:
+        """Takes note of what part of its work each host has done, so that a slow one is seen."""
+        slowest = min(done, key=done.__getitem__)
+        with self._lock:
+            self._hosts = (
+                f"  hosts {100 * done[slowest]:.0f} to {100 * max(done.values()):.0f} % (slowest: host {slowest})"
+            )
 
     def _line(self, now: float) -> str:
         elapsed = max(now - self._start, 1e-9)
@@ -84,6 +92,7 @@ class ProgressDisplay:
             f"  in {self._in_bytes / GB:.2f} GB ({self._in_bytes / GB / elapsed:.2f} GB/s)"
             f"  out {self._out_bytes / GB:.2f} GB ({self._out_bytes / GB / elapsed:.2f} GB/s)"
             f"  rss {resident_bytes() / GB:.2f} GB (budget {self._budget / GB:g} GB)  left {left}"
+            f"{self._hosts}"
         )
 
 

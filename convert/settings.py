@@ -11,9 +11,12 @@ class Settings:
         hf_model_path: The directory, URL or repository of the Hugging Face checkpoint.
         revision: The branch, tag or commit of the repository; None for its main branch.
         base_output_directory: Where the result goes; None for `plan`.
+        overwrite: Whether what is there may be removed.
+        checkpoint_storage_use_ocdbt: Whether chunks are stored in databases, and not as files.
+        checkpoint_storage_use_zarr3: Whether chunks are those of zarr3, and not of zarr 2.
         scan_layers: Whether layers are stacked.
         param_scan_axis: The position of the layer axis.
-        save_dtype: `bfloat16` or `float32`.
+        save_dtype: `bfloat16`, `float32` or `float8_e4m3fn`.
         model_name: MaxText's name of the model, or None.
         rope_type: MaxText's rotary embedding that the model will run with, or None.
         enable_mtp: Whether to convert the layers for multi-token prediction.
@@ -32,6 +35,9 @@ class Settings:
     hf_model_path: str
     revision: str | None = None
     base_output_directory: str | None = None
+    overwrite: bool = False
+    checkpoint_storage_use_ocdbt: bool = True
+    checkpoint_storage_use_zarr3: bool = True
     scan_layers: bool = True
     param_scan_axis: int = 1
     save_dtype: str = "bfloat16"

@@ -37,7 +37,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(sys.argv[4]))
 from rich.console import Console
-from slicecast.convert import commands
+from slicecast.convert import conversion
 from slicecast.convert.progress import peak_resident_bytes, resident_bytes
 from slicecast.convert.settings import Settings
 jax.local_devices()
@@ -47,8 +47,10 @@ base = resident_bytes()
 settings = Settings(hf_model_path=sys.argv[1], base_output_directory=sys.argv[2], scan_layers=sys.argv[3] == "scanned",
                     host_memory_gb=float(sys.argv[5]))
 result = {"base": base}
-summary = commands.convert(settings, Console(quiet=True), describe=lambda plan: result.update(out_bytes=plan.out_bytes))
-print(json.dumps(result | {"peak": peak_resident_bytes(), "seconds": summary.seconds}))
+done = conversion.convert(
+    settings, Console(quiet=True), describe=lambda plan: result.update(out_bytes=plan.out_bytes), echo=lambda _: None
+)
+print(json.dumps(result | {"peak": peak_resident_bytes(), "seconds": done.seconds}))
 """
 
 

@@ -31,10 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from etils import epath
 from rich.console import Console
 
-from slicecast.convert import allocator, chunk_store, commands, orbax_checkpoint, pipeline
-from slicecast.convert.chunk_store import Block, ChunkWriter
+from slicecast.convert import allocator, chunk_store, commands, conversion, orbax_checkpoint, pipeline
+from slicecast.convert.chunk_store import Block, ChunkFormat, ChunkWriter
 from slicecast.convert.pipeline import Pipeline
 from slicecast.convert.plan import Plan, WorkBox
 from slicecast.convert.settings import Settings
@@ -57,7 +58,7 @@ class _Floor(Pipeline):
     """The pipeline with nothing between reading and writing."""
 
     def __init__(self, plan: Plan, blocks: dict[tuple[str, tuple[int, ...]], Block]):
-        super().__init__(plan, 0, jax.local_devices(), lambda wave, finished: None)
+        super().__init__(plan, 0, jax.local_devices(), lambda _: None, lambda: None)
         self._blocks = blocks
 
     def _convert(self, work: WorkBox) -> Block:
@@ -90,12 +91,12 @@ def main() -> int:
         host_memory_gb=arguments.host_memory_gb,
     )
     shutil.rmtree(arguments.work_dir / "maxtext", ignore_errors=True)
-    commands.convert(settings, Console(quiet=True), describe=lambda plan: None)
+    conversion.convert(settings, Console(quiet=True), describe=lambda _: None, echo=lambda _: None)
     plan = commands.make_plan(settings, commands.this_machine(settings))
     blocks = read_output(plan, arguments.work_dir / "maxtext")
 
     def convert() -> None:
-        run(Pipeline(plan, 0, jax.local_devices(), lambda wave, finished: None), plan, arguments.work_dir)
+        run(Pipeline(plan, 0, jax.local_devices(), lambda _: None, lambda: None), plan, arguments.work_dir)
 
     def floor() -> None:
         run(_Floor(plan, blocks), plan, arguments.work_dir)
@@ -147,7 +148,12 @@ def run(work: Pipeline, plan: Plan, work_dir: Path) -> None:
     directory = work_dir / "chunks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    work.run(ChunkWriter(directory, [pipeline.array_spec(leaf) for leaf in plan.leaves], 0, writes_metadata=True))
+    arrays = [pipeline.array_spec(leaf) for leaf in plan.leaves]
+    work.run(
+        ChunkWriter(
+            epath.Path(directory), arrays, 0, writes_metadata=True, chunk_format=ChunkFormat(), plan="benchmark"
+        )
+    )
     assert any(directory.glob(f"{chunk_store.PROCESS_PREFIX}*"))
 
 

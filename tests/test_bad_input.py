@@ -424,17 +424,12 @@ def digest(directory: Path) -> dict[str, str]:
     }
 
 
-def assert_refused(
-    done: subprocess.CompletedProcess[str], kind: str, *words: str, code: int = 1, plan_shown: bool = False
-) -> list[str]:
-    """Checks that a command ended with one clear error, of this kind and with these words; returns its lines.
-
-    With `plan_shown`, the plan was printed before, and the error is the last line.
-    """
+def assert_refused(done: subprocess.CompletedProcess[str], kind: str, *words: str, code: int = 1) -> list[str]:
+    """Checks that a command ended with one clear error, of this kind and with these words; returns its lines."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
-    lines = done.stderr.splitlines()[-1 if plan_shown else 0 :]
+    lines = done.stderr.splitlines()
     assert lines[0].startswith("slicecast: "), done.stderr
     assert all(line.startswith("  ") for line in lines[1:]), done.stderr
     message = "\n".join(lines)
@@ -636,7 +631,7 @@ def test_output_that_is_no_directory(slicecast: Any, kimi: Path, tmp_path: Path)
     for path in (output, output / "below"):
         arguments = [f"--hf_model_path={kimi}", f"--base_output_directory={path}"]
         done = slicecast.run("convert", *arguments, check=False)
-        assert_refused(done, "OutputError", str(path), plan_shown=True)
+        assert_refused(done, "OutputError", str(path))
     assert output.read_text() == "mine"
 
 
@@ -644,10 +639,10 @@ def test_output_in_storage_that_is_not_supported(slicecast: Any, kimi: Path, tmp
     """A URL must not become a directory of that name on this machine."""
     (tmp_path / "here").mkdir()
     prelude = f"import os; os.chdir({str(tmp_path / 'here')!r})"
-    arguments = [f"--hf_model_path={kimi}", "--base_output_directory=gs://bucket/model"]
+    arguments = [f"--hf_model_path={kimi}", "--base_output_directory=s3://bucket/model"]
     done = slicecast.run("convert", *arguments, prelude=prelude, check=False)
     assert not list((tmp_path / "here").iterdir())
-    assert_refused(done, "Error", "gs://bucket/model", code=done.returncode or 1)
+    assert_refused(done, "UsageError", "s3://bucket/model", "gs://", code=2)
 
 
 @pytest.fixture(scope="module")
@@ -659,11 +654,24 @@ def finished(module_slicecast: Any, kimi: Path, tmp_path_factory: pytest.TempPat
     return output
 
 
-def test_finished_checkpoint_in_the_output(slicecast: Any, kimi: Path, finished: Path) -> None:
+def test_another_finished_checkpoint_in_the_output(slicecast: Any, kimi: Path, finished: Path) -> None:
     before = digest(finished)
-    arguments = [f"--hf_model_path={kimi}", f"--base_output_directory={finished}"]
+    arguments = [f"--hf_model_path={kimi}", f"--base_output_directory={finished}", "--save_dtype=float32"]
     done = slicecast.run("convert", *arguments, check=False)
-    assert_refused(done, "OutputError", str(finished / "0"), "Give another --base_output_directory", plan_shown=True)
+    assert_refused(done, "OutputError", str(finished / "0"), "Give another --base_output_directory")
+    assert digest(finished) == before
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_the_same_finished_checkpoint_in_the_output(
+    slicecast: Any, kimi: Path, finished: Path, flags: tuple[str, ...]
+) -> None:
+    """A scheduler may start a run again that is done."""
+    before = digest(finished)
+    arguments = [f"--hf_model_path={kimi}", f"--base_output_directory={finished}", *flags]
+    done = slicecast.run("convert", *arguments)
+    assert "the checkpoint was finished before" in done.stderr
+    assert done.stdout == f"load_parameters_path={finished}/0/items\n"
     assert digest(finished) == before
 
 

@@ -10,17 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from absl import logging
 from rich.console import Console
 
 from slicecast.convert import cli, commands, describe
-from slicecast.convert.box import Box
 from slicecast.convert.errors import SlicecastError, UsageError
-from slicecast.convert.memory import Costs, Machine
-from slicecast.convert.plan import PlannedLeaf, Wave, WorkBox
+from slicecast.convert.memory import Machine
+from slicecast.convert.pipeline import WaveReport
 from slicecast.convert.progress import ProgressDisplay
 from slicecast.convert.settings import Settings
 
@@ -76,6 +75,10 @@ def test_what_a_plain_command_means() -> None:
         "param_scan_axis": 1,
         "save_dtype": "bfloat16",
         "enable_mtp": False,
+        "overwrite": False,
+        "log_json": False,
+        "checkpoint_storage_use_ocdbt": True,
+        "checkpoint_storage_use_zarr3": True,
         "override_model_config": False,
     }
 
@@ -369,7 +372,11 @@ def subclasses(kind: type[SlicecastError]) -> Iterator[type[SlicecastError]]:
 
 def test_exit_codes_tell_mistakes_from_failures() -> None:
     codes = {kind.__name__: kind.exit_code for kind in subclasses(SlicecastError)}
-    assert {name: code for name, code in codes.items() if code != 1} == {"UsageError": 2, "StoppedError": 130}
+    assert {name: code for name, code in codes.items() if code != 1} == {
+        "UsageError": 2,
+        "StoppedError": 130,
+        "PreemptedError": 143,
+    }
 
 
 @pytest.mark.usefixtures("quiet")
@@ -420,10 +427,10 @@ class Clock:
         return self.now
 
 
-def wave(in_gb: float, out_gb: float) -> Wave:
-    """A wave of one box that costs so much; nothing else of the box is looked at."""
-    costs = Costs(int(in_gb * GB), int(in_gb * GB), int(out_gb * GB), on_device=True)
-    return Wave((WorkBox(cast(PlannedLeaf, None), Box((), ()), costs),))
+def wave(in_gb: int, out_gb: int, was_finished: bool = False) -> WaveReport:
+    """What became of a wave that stands for so much."""
+    done = out_gb * GB
+    return WaveReport(0, done) if was_finished else WaveReport(0, done, in_gb * GB, done)
 
 
 class Display:
@@ -438,7 +445,7 @@ class Display:
         """Ends a wave so many seconds after the start; the lines that this adds."""
         before = len(self.text.getvalue())
         self.clock.now = 1000.0 + seconds
-        self.display.report(wave(1, 4), was_finished)
+        self.display.report(wave(1, 4, was_finished))
         return self.text.getvalue()[before:].splitlines()
 
 
@@ -548,14 +555,14 @@ def test_a_quiet_console_shows_nothing() -> None:
     text = io.StringIO()
     display = ProgressDisplay(Console(file=text, quiet=True), 1, GB, GB, "", Clock())
     with display:
-        display.report(wave(1, 1), False)
+        display.report(wave(1, 1))
     assert text.getvalue() == ""
     assert display.waves == 1
 
 
 def test_reports_from_many_threads() -> None:
     shown = Display(waves=400)
-    report: Callable[[int], None] = lambda number: shown.display.report(wave(1, 4), number % 4 == 0)  # noqa: E731
+    report: Callable[[int], None] = lambda number: shown.display.report(wave(1, 4, number % 4 == 0))  # noqa: E731
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(report, range(400)))
     assert (shown.display.waves, shown.display.resumed) == (400, 100)

@@ -27,6 +27,8 @@ from slicecast.convert.settings import Settings
 
 DEVICES = 8
 
+FORMAT = chunk_store.ChunkFormat()
+
 
 class Target(NamedTuple):
     """What a reader is asked for.
@@ -222,9 +224,10 @@ def test_arrays_are_stored_as_declared(written: Written) -> None:
     """Chunks, inner chunks and codecs: zstd level 1, and a crc32c around it."""
     store = database(written.output / "0" / "items")
     for spec in specs(written):
-        stored = json.loads(store.read(spec.metadata_key).result().value)
+        stored = json.loads(store.read(FORMAT.metadata_key(spec)).result().value)
+        declared = FORMAT.array(spec, "memory://")["metadata"]
         for field in ("shape", "data_type", "fill_value", "chunk_grid"):
-            assert stored[field] == spec.metadata[field]
+            assert stored[field] == declared[field]
         (sharding,) = stored["codecs"]
         assert sharding["name"] == "sharding_indexed"
         assert sharding["configuration"]["chunk_shape"] == list(spec.inner)
@@ -237,21 +240,21 @@ def test_arrays_are_stored_as_declared(written: Written) -> None:
 
 def test_nothing_but_the_chunks_is_stored(written: Written) -> None:
     items = written.output / "0" / "items"
-    declared = {key for spec in specs(written) for key in (spec.metadata_key, *spec.keys())}
+    declared = {key for spec in specs(written) for key in (FORMAT.metadata_key(spec), *FORMAT.keys(spec))}
     assert {key.decode() for key in database(items).list().result()} == declared
-    assert chunk_store.missing_keys(items, specs(written)) == []
+    assert chunk_store.missing_keys(items, specs(written), FORMAT) == []
 
 
 def test_missing_chunks_are_found(written: Written, tmp_path: Path) -> None:
     """Whatever is taken away, the check before the commit names it."""
     shutil.copytree(written.output, tmp_path / "output")
     items = tmp_path / "output" / "0" / "items"
-    leaf = max(specs(written), key=lambda spec: len(list(spec.keys())))
-    first, *_, last = leaf.keys()
-    removed = [leaf.metadata_key, first, last]
+    leaf = max(specs(written), key=lambda spec: len(list(FORMAT.keys(spec))))
+    first, *_, last = FORMAT.keys(leaf)
+    removed = [FORMAT.metadata_key(leaf), first, last]
     for key in removed:
         database(items).delete_range(ts.KvStore.KeyRange(key, f"{key}\0")).result()
-    assert chunk_store.missing_keys(items, specs(written)) == removed
+    assert chunk_store.missing_keys(items, specs(written), FORMAT) == removed
 
 
 class Spy(ocp_path.atomicity.AtomicRenameTemporaryPath):  # type: ignore[misc]

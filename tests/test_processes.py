@@ -250,8 +250,8 @@ def test_the_work_is_balanced(conversions: Conversions) -> None:
     }
     loads = []
     for process, record in conversions.records["2x4"].items():
-        (directory,) = (conversions.outputs["2x4"] / "0" / "items").glob(f"ocdbt.process_{process}x*")
-        keys = [key.decode() for key in database(directory).list().result()]
+        databases = (conversions.outputs["2x4"] / "0" / "items").glob(f"ocdbt.process_{process}x*")
+        keys = [key.decode() for directory in databases for key in database(directory).list().result()]
         written = sum(chunk_bytes[key.partition("/")[0]] for key in keys if "/c/" in key)
         loads.append(record["counted"] + written)
     assert min(loads) > 0.8 * max(loads)

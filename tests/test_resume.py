@@ -66,7 +66,7 @@ FORGET = """
 from slicecast.convert import chunk_store
 missing = chunk_store.ChunkWriter.missing
 chunk_store.ChunkWriter.missing = lambda self, array, box: [
-    chunk for chunk in missing(self, array, box) if array.key(chunk) != {key!r}
+    chunk for chunk in missing(self, array, box) if self.format.key(array, chunk) != {key!r}
 ]
 """
 

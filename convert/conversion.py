@@ -1,0 +1,233 @@
+"""What `convert` does, on every process: plan, agree, claim the output, run, commit, summarize."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+
+from slicecast.convert import hosts, orbax_checkpoint
+from slicecast.convert.chunk_store import ChunkFormat, ChunkReader, ChunkWriter
+from slicecast.convert.commands import RECORDED, make_plan, this_machine
+from slicecast.convert.device import choose_implementation
+from slicecast.convert.errors import OutputError
+from slicecast.convert.interruption import stopping
+from slicecast.convert.output import LOG_DIRECTORY, SUMMARY_FILE, Ownership, begin, open_output, release
+from slicecast.convert.pipeline import Pipeline, WaveReport, array_spec
+from slicecast.convert.plan import Plan
+from slicecast.convert.progress import ProgressDisplay, peak_resident_bytes, resident_bytes
+from slicecast.convert.run_log import SECONDS_BETWEEN_PARTS, Event, LogReader, RunLog
+from slicecast.convert.settings import Settings
+from slicecast.convert.source.checkpoint import sample_contents
+from slicecast.convert.summary import summarize, versions
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a conversion did, on this process.
+
+    Attributes:
+        items: The directory to give to MaxText as `load_parameters_path`.
+        waves: How many waves the process had; 0 if the checkpoint was there already.
+        resumed: How many of them an earlier run had finished.
+        in_bytes: Source bytes read.
+        requests: Read requests.
+        seconds: Time taken.
+        peak_bytes: The most memory that the process held.
+    """
+
+    items: str
+    waves: int = 0
+    resumed: int = 0
+    in_bytes: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def convert(
+    settings: Settings, console: Console, *, describe: Callable[[Plan], None], echo: Callable[[Event], None]
+) -> Done:
+    """Converts a checkpoint; called by all processes.
+
+    Args:
+        settings: What the user asked for.
+        console: Where process 0 shows what happens.
+        describe: Called with the plan on process 0, before anything is written.
+        echo: Called with each event of this process.
+
+    Raises:
+        SlicecastError: If something keeps the checkpoint from being converted, or from being finished.
+    """
+    start = time.monotonic()
+    if settings.base_output_directory is None:
+        raise OutputError("convert needs --base_output_directory.")
+    output = open_output(settings.base_output_directory)
+    made = make_plan(settings, hosts.smallest(this_machine(settings)))
+    chunk_format = ChunkFormat(settings.checkpoint_storage_use_ocdbt, settings.checkpoint_storage_use_zarr3)
+    facts = {
+        "version of slicecast": versions()["slicecast"],
+        "source": made.checkpoint.path,
+        "plan": made.digest,
+        "format": str(chunk_format),
+        "sample of the source's bytes": sample_contents(made.checkpoint),
+    }
+    # The path does not count: another copy of the same source gives the same chunks.
+    identity = [value for name, value in facts.items() if name != "source"]
+    digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()
+    hosts.check_agreement(facts)
+    hosts.check_shared(output)
+    run = hosts.on_first(
+        lambda: begin(output, digest, overwrite=settings.overwrite, ocdbt=settings.checkpoint_storage_use_ocdbt)
+    )
+    if jax.process_index() == 0:
+        describe(made)
+    conversion = _Conversion(settings, made, output, chunk_format, digest)
+    done = conversion.run(run, console, echo) if run else Done(items=conversion.items)
+    hosts.on_first(lambda: conversion.summarize(run))
+    return dataclasses.replace(done, seconds=time.monotonic() - start)
+
+
+class _Conversion:
+    """A conversion whose output is claimed."""
+
+    def __init__(self, settings: Settings, plan: Plan, output: epath.Path, chunk_format: ChunkFormat, digest: str):
+        self._settings = settings
+        self._plan = plan
+        self._output = output
+        self._format = chunk_format
+        self._digest = digest
+        self._specs = {planned.leaf.path: array_spec(planned) for planned in plan.leaves}
+        self.items = str(output / orbax_checkpoint.STEP / orbax_checkpoint.ITEM)
+
+    def run(self, run: str, console: Console, echo: Callable[[Event], None]) -> Done:
+        """Writes what is not there yet, and commits."""
+        plan, process = self._plan, jax.process_index()
+        waves = plan.waves[process]
+        ownership = Ownership(self._output, run)
+        log = RunLog(self._output / LOG_DIRECTORY, run, process, echo)
+        log.add("begin", waves=len(waves), out_bytes=sum(wave.out_bytes for wave in waves), versions=versions())
+        display = ProgressDisplay(
+            console if process == 0 else Console(quiet=True),
+            len(waves),
+            sum(wave.out_bytes for wave in waves),
+            plan.machine.host_bytes,
+            f"host 0 of {plan.machine.hosts}: " if plan.machine.hosts > 1 else "",
+        )
+
+        def report(wave: WaveReport) -> None:
+            display.report(wave)
+            log.add(
+                "wave",
+                wave=wave.number,
+                resumed=not wave.out_bytes,
+                done_bytes=wave.done_bytes,
+                in_bytes=wave.in_bytes,
+                written_bytes=wave.out_bytes,
+                seconds={stage: round(seconds, 3) for stage, seconds in wave.seconds.items()},
+                rss_bytes=resident_bytes(),
+                peak_rss_bytes=peak_resident_bytes(),
+                kept={"digests": wave.digests},
+            )
+
+        with display, self._comparing(run, display):
+            implementation, warning = choose_implementation(jax.local_devices()[0], plan.kernels)
+            if warning is not None:
+                console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+                log.add("warning", message=warning)
+            pipeline = Pipeline(plan, process, jax.local_devices(), report, ownership.check, implementation)
+
+            def work(writer: ChunkWriter) -> None:
+                try:
+                    pipeline.run(writer)
+                finally:
+                    log.flush()
+
+            with stopping(pipeline.stop):
+                orbax_checkpoint.save(
+                    self._output,
+                    self._specs,
+                    work,
+                    self._metadata(),
+                    chunk_format=self._format,
+                    plan=self._digest,
+                    before_commit=ownership.check_now,
+                )
+        return Done(
+            items=self.items,
+            waves=display.waves,
+            resumed=display.resumed,
+            in_bytes=pipeline.reader.bytes_read,
+            requests=pipeline.reader.requests,
+            peak_bytes=peak_resident_bytes(),
+        )
+
+    def summarize(self, run: str) -> str:
+        """Writes the summary of the finished checkpoint, unless it is there, and returns its path.
+
+        Then the output is nobody's.
+        """
+        file = self._output / SUMMARY_FILE
+        try:
+            if run or not file.exists():
+                events = LogReader(self._output / LOG_DIRECTORY).new_events()
+                # Not through Orbax, in which all processes would have to take part.
+                reader = ChunkReader(epath.Path(self.items), self._format)
+                found = summarize(self._plan, events, reader, self._specs, self._format)
+                file.write_text(json.dumps(found, indent=1))
+            release(self._output)
+            return str(file)
+        except Exception as error:  # Each backend of epath has its own.
+            raise OutputError(
+                f"{file}: the checkpoint is finished, but this could not be written: {error}. Run the command again."
+            ) from error
+
+    def _metadata(self) -> dict[str, Any]:
+        """The step's custom metadata: `scan_layers` for MaxText, the rest for `verify` and for resuming."""
+        return {
+            "scan_layers": self._settings.scan_layers,
+            "slicecast": {
+                "version": versions()["slicecast"],
+                "plan": self._plan.digest,
+                "digest": self._digest,
+                "source": self._plan.checkpoint.path,
+                **{name: getattr(self._settings, name) for name in RECORDED},
+            },
+        }
+
+    @contextlib.contextmanager
+    def _comparing(self, run: str, display: ProgressDisplay) -> Iterator[None]:
+        """On process 0, shows now and then how far the others are."""
+        if jax.process_index() > 0 or jax.process_count() == 1:
+            yield
+            return
+        totals = {
+            process: max(1, sum(wave.out_bytes for wave in waves)) for process, waves in enumerate(self._plan.waves)
+        }
+        ended = threading.Event()
+
+        def watch() -> None:
+            reader = LogReader(self._output / LOG_DIRECTORY)
+            done: Counter[int] = Counter()
+            while not ended.wait(SECONDS_BETWEEN_PARTS):
+                with contextlib.suppress(Exception):  # It is only shown; what ails storage, others will say.
+                    for event in reader.new_events(run):
+                        done[event["process"]] += event.get("done_bytes", 0)
+                    display.compare({process: done[process] / total for process, total in totals.items()})
+
+        thread = threading.Thread(target=watch, name="slicecast-hosts", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
