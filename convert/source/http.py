@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import logging
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]  # Documented, not re-exported.
-from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
+from tenacity import retry, retry_if_exception, retry_if_not_exception_type, stop_after_attempt, wait_exponential
+
+from slicecast.convert.errors import SlicecastError
 
 # Seconds without a byte after which a request is repeated; a range of 16 MB takes a second where the network is busy.
 TIMEOUT_SECONDS = 60
@@ -15,6 +18,28 @@ ATTEMPTS = 10
 
 # Too slow, too many requests, and what servers say when something behind them fails.
 _PASSING = (408, 429, 500, 502, 503, 504)
+
+# It warns of each request that it repeats, and gives the address with the signature that grants access.
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether an error may be over when the same is asked again: no answer, or one that says so."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return not isinstance(error, HFValidationError | SlicecastError)
+
+
+# For functions that ask the Hub through its library.
+until_answered = retry(
+    retry=retry_if_exception(_passes), stop=stop_after_attempt(ATTEMPTS), wait=wait_exponential(max=8), reraise=True
+)
+
+
+def without_query(error: BaseException | str) -> str:
+    """The first line of an error, without the signatures that addresses carry."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return " ".join(word.partition("?")[0] if "://" in word else word for word in first.split())
 
 
 # For connections that are not made or break off. Not for what a server has answered.

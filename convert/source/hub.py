@@ -20,10 +20,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # Documented, not re-exported.
-from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
 from slicecast.convert.errors import MissingFileError, ReadError, SlicecastError
-from slicecast.convert.source.http import ATTEMPTS, TIMEOUT_SECONDS, request
+from slicecast.convert.source.http import TIMEOUT_SECONDS, request, until_answered, without_query
 from slicecast.convert.source.storage import ByteRange, changed_error, missing_error, read_error, scatter
 
 # How often an address that has run out is asked for again, for one range: once is enough unless clocks differ.
@@ -92,7 +91,7 @@ class Repository:
             try:
                 answer = request("GET", address.url, headers)
             except Exception as error:
-                raise read_error(wanted, 0, _without_query(error)) from None
+                raise read_error(wanted, 0, without_query(error)) from None
             if answer.status_code in _EXPIRED:
                 continue
             data = memoryview(answer.content)
@@ -124,24 +123,12 @@ class Repository:
             return self._addresses[file]
 
 
-def _passes(error: BaseException) -> bool:
-    """Whether an error may be over when the same is asked again: no answer, or one that says so."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return not isinstance(error, HFValidationError)
-
-
-_until_answered = retry(
-    retry=retry_if_exception(_passes), stop=stop_after_attempt(ATTEMPTS), wait=wait_exponential(max=8), reraise=True
-)
-
-
-@_until_answered
+@until_answered
 def _model_info(name: str, revision: str | None) -> ModelInfo:
     return HfApi().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
 
 
-@_until_answered
+@until_answered
 def _metadata(url: str) -> HfFileMetadata:
     return get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
 
@@ -164,11 +151,5 @@ def _hub_error(name: str, revision: str | None, error: Exception) -> SlicecastEr
             "is private, give a token with --hf_access_token or HF_TOKEN."
         )
     if isinstance(error, HfHubHTTPError):
-        return ReadError(f"{name}: the Hub answers: {_without_query(error)}. Run the same command again.")
-    return ReadError(f"{name}: the Hub at {constants.ENDPOINT} cannot be reached ({_without_query(error)}).")
-
-
-def _without_query(error: Exception) -> str:
-    """The first line of an error, without the signatures that addresses carry."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return " ".join(word.partition("?")[0] if "://" in word else word for word in first.split())
+        return ReadError(f"{name}: the Hub answers: {without_query(error)}. Run the same command again.")
+    return ReadError(f"{name}: the Hub at {constants.ENDPOINT} cannot be reached ({without_query(error)}).")
