@@ -42,6 +42,7 @@ _EXAMPLES = {
     "convert": """examples:
   slicecast convert --hf_model_path=/data/Kimi-K2.6 --base_output_directory=/data/kimi --model_name=kimi-k2-1t
   slicecast convert hf_model_path=/data/Llama-3.1-8B base_output_directory=/data/llama scan_layers=false
+  slicecast convert --hf_model_path=moonshotai/Kimi-K2.6 --base_output_directory=gs://bucket/kimi
   slicecast convert --hf_model_path=IN --base_output_directory=OUT --simulated_cpu_devices_count=8 --host_memory_gb=16
 
 Run the same command again to go on after an interruption. MaxText loads OUT/0/items.""",
@@ -136,7 +137,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     if jax.process_index() == 0:
         echo({"event": "done", **dataclasses.asdict(done)})
         console.print(_last_line(done), highlight=False, soft_wrap=True)
-        print(f"load_parameters_path={done.items}")
+        # MaxText does not read from the Hub, so there it is no path to load.
+        print(done.items if done.items.startswith("hf://") else f"load_parameters_path={done.items}")
     return 0
 
 
@@ -275,6 +277,10 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     convert.add_argument(
         "--base_output_directory", metavar="DIR", required=True,
         help="the result goes to DIR/0/items: a directory, gs://bucket/path, or hf://org/name",
+    )  # fmt: skip
+    convert.add_argument(
+        "--staging_directory", metavar="DIR",
+        help="where a checkpoint for hf:// is converted before it is uploaded (default: ~/.cache/slicecast/org/name)",
     )  # fmt: skip
     convert.add_argument(
         "--overwrite", action="store_true",

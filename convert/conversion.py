@@ -19,7 +19,7 @@ from slicecast.convert import hosts, orbax_checkpoint
 from slicecast.convert.chunk_store import ChunkFormat, ChunkReader, ChunkWriter
 from slicecast.convert.commands import RECORDED, make_plan, this_machine
 from slicecast.convert.device import choose_implementation
-from slicecast.convert.errors import OutputError
+from slicecast.convert.errors import OutputError, UsageError
 from slicecast.convert.interruption import stopping
 from slicecast.convert.output import LOG_DIRECTORY, SUMMARY_FILE, Ownership, begin, open_output, release
 from slicecast.convert.pipeline import Pipeline, WaveReport, array_spec
@@ -29,6 +29,10 @@ from slicecast.convert.run_log import SECONDS_BETWEEN_PARTS, Event, LogReader, R
 from slicecast.convert.settings import Settings
 from slicecast.convert.source.checkpoint import sample_contents
 from slicecast.convert.summary import summarize, versions
+from slicecast.convert.upload import SCHEME, HubOutput, UploadProgress, open_hub_output
+
+# What MaxText loads, below the output.
+_ITEMS = f"{orbax_checkpoint.STEP}/{orbax_checkpoint.ITEM}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Done:
     """What a conversion did, on this process.
 
     Attributes:
-        items: The directory to give to MaxText as `load_parameters_path`.
+        items: The directory to give to MaxText as `load_parameters_path`; on the Hub, where it is downloaded to.
         waves: How many waves the process had; 0 if the checkpoint was there already.
         resumed: How many of them an earlier run had finished.
         in_bytes: Source bytes read.
@@ -71,7 +75,15 @@ def convert(
     start = time.monotonic()
     if settings.base_output_directory is None:
         raise OutputError("convert needs --base_output_directory.")
-    output = open_output(settings.base_output_directory)
+    hub = None
+    if settings.base_output_directory.startswith(SCHEME):
+        if jax.process_count() > 1:
+            raise UsageError(
+                f"{settings.base_output_directory}: one host converts for the Hub, in a directory of its own. With several "
+                "hosts, give gs://bucket/path."
+            )
+        hub = open_hub_output(settings.base_output_directory, settings.staging_directory)
+    output = epath.Path(hub.staging) if hub else open_output(settings.base_output_directory)
     made = make_plan(settings, hosts.smallest(this_machine(settings)))
     chunk_format = ChunkFormat(settings.checkpoint_storage_use_ocdbt, settings.checkpoint_storage_use_zarr3)
     facts = {
@@ -85,6 +97,10 @@ def convert(
     identity = [value for name, value in facts.items() if name != "source"]
     digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()
     hosts.check_agreement(facts)
+    if hub:
+        files = 0 if chunk_format.ocdbt else sum(planned.chunk_count for planned in made.leaves)
+        if hub.begin(digest, files=files, overwrite=settings.overwrite):
+            return Done(items=f"{SCHEME}{hub.name}/{_ITEMS}", seconds=time.monotonic() - start)
     hosts.check_shared(output)
     run = hosts.on_first(
         lambda: begin(output, digest, overwrite=settings.overwrite, ocdbt=settings.checkpoint_storage_use_ocdbt)
@@ -94,7 +110,19 @@ def convert(
     conversion = _Conversion(settings, made, output, chunk_format, digest)
     done = conversion.run(run, console, echo) if run else Done(items=conversion.items)
     hosts.on_first(lambda: conversion.summarize(run))
+    if hub:
+        _upload(hub, settings, console, echo)
+        done = dataclasses.replace(done, items=f"{SCHEME}{hub.name}/{_ITEMS}")
     return dataclasses.replace(done, seconds=time.monotonic() - start)
+
+
+def _upload(hub: HubOutput, settings: Settings, console: Console, echo: Callable[[Event], None]) -> None:
+    def report(progress: UploadProgress) -> None:
+        console.print(str(progress), highlight=False, soft_wrap=True)
+        echo({"event": "upload", **dataclasses.asdict(progress)})
+
+    hub.upload(report, overwrite=settings.overwrite)
+    console.print(f"{hub.staging} may be removed now", highlight=False, soft_wrap=True)
 
 
 class _Conversion:
@@ -107,7 +135,7 @@ class _Conversion:
         self._format = chunk_format
         self._digest = digest
         self._specs = {planned.leaf.path: array_spec(planned) for planned in plan.leaves}
-        self.items = str(output / orbax_checkpoint.STEP / orbax_checkpoint.ITEM)
+        self.items = str(output / _ITEMS)
 
     def run(self, run: str, console: Console, echo: Callable[[Event], None]) -> Done:
         """Writes what is not there yet, and commits."""

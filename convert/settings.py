@@ -11,6 +11,7 @@ class Settings:
         hf_model_path: The directory, URL or repository of the Hugging Face checkpoint.
         revision: The branch, tag or commit of the repository; None for its main branch.
         base_output_directory: Where the result goes; None for `plan`.
+        staging_directory: Where a checkpoint for the Hub is converted before it is uploaded; None for the user's cache.
         overwrite: Whether what is there may be removed.
         checkpoint_storage_use_ocdbt: Whether chunks are stored in databases, and not as files.
         checkpoint_storage_use_zarr3: Whether chunks are those of zarr3, and not of zarr 2.
@@ -35,6 +36,7 @@ class Settings:
     hf_model_path: str
     revision: str | None = None
     base_output_directory: str | None = None
+    staging_directory: str | None = None
     overwrite: bool = False
     checkpoint_storage_use_ocdbt: bool = True
     checkpoint_storage_use_zarr3: bool = True
