@@ -1,7 +1,7 @@
 """Machines that a conversion can be planned for by name.
 
 Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x, tables of the virtual machines of multi-host slices.
-In slice names, v4 and v5p count TensorCores (two a chip), the others chips.
+In slice names, v4, v5p and tpu7x count TensorCores (two a chip), the others chips.
 """
 
 import re
@@ -33,7 +33,7 @@ GENERATIONS = {
     "v5litepod": TpuGeneration(4, 192, 16),
     "v5p": TpuGeneration(4, 448, 95, 2),
     "v6e": TpuGeneration(4, 720, 32),
-    "tpu7x": TpuGeneration(4, 960, 192),
+    "tpu7x": TpuGeneration(4, 960, 192, 2),
 }
 
 

@@ -79,8 +79,8 @@ def convert(
     if settings.base_output_directory.startswith(SCHEME):
         if jax.process_count() > 1:
             raise UsageError(
-                f"{settings.base_output_directory}: one host converts for the Hub, in a directory of its own. With several "
-                "hosts, give gs://bucket/path."
+                f"{settings.base_output_directory}: one host converts for the Hub, in a directory of its own. "
+                "With several hosts, give gs://bucket/path."
             )
         hub = open_hub_output(settings.base_output_directory, settings.staging_directory)
     output = epath.Path(hub.staging) if hub else open_output(settings.base_output_directory)

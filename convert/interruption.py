@@ -16,7 +16,7 @@ from slicecast.convert.errors import PreemptedError, StoppedError
 
 # XPK and Kubernetes send SIGKILL 30 seconds after SIGTERM. Work that takes longer is given up, with an exit code of our
 # own: what is not committed will be done again.
-_GRACE_SECONDS = 20.0
+GRACE_SECONDS = 20.0
 
 
 def end_on_sigterm() -> None:
@@ -45,7 +45,7 @@ def stopping(stop: Callable[[StoppedError], None]) -> Iterator[None]:
 
     def terminate(_: int, __: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        timer = threading.Timer(_GRACE_SECONDS, _give_up)
+        timer = threading.Timer(GRACE_SECONDS, _give_up)
         timer.daemon = True
         timer.start()
         stop(PreemptedError("ended by SIGTERM"))
@@ -63,7 +63,7 @@ def stopping(stop: Callable[[StoppedError], None]) -> Iterator[None]:
 
 def _give_up() -> None:
     print(
-        f"slicecast: ended by SIGTERM; what was in flight was not done within {_GRACE_SECONDS:g} seconds and is given "
+        f"slicecast: ended by SIGTERM; what was in flight was not done within {GRACE_SECONDS:g} seconds and is given "
         "up. Run the same command again to go on.",
         file=sys.stderr,
         flush=True,
