@@ -358,6 +358,15 @@ def url(directory: epath.Path) -> str:
     return f"{path}/" if "://" in path else f"file://{path}/"
 
 
+def remove_tree(directory: epath.Path) -> None:
+    """Removes all that is in a directory or below a path in a bucket."""
+    if url(directory).startswith("file://"):
+        directory.rmtree(missing_ok=True)
+    else:
+        # gcsfs also removes the directories, which a bucket does not have, and fails.
+        ts.KvStore.open(url(directory)).result().delete_range(ts.KvStore.KeyRange()).result()
+
+
 def _keys(store: dict[str, Any] | str, context: ts.Context) -> frozenset[str]:
     return frozenset(key.decode() for key in ts.KvStore.open(store, context=context).result().list().result())
 

@@ -38,6 +38,7 @@ from slicecast.convert.chunk_store import (
     ChunkWriter,
     foreign_databases,
     missing_keys,
+    remove_tree,
 )
 from slicecast.convert.errors import IncompleteError, OutputError
 
@@ -180,10 +181,14 @@ def finished_checkpoint(output: epath.Path) -> epath.Path | None:
 
 def unfinished_checkpoint(output: epath.Path) -> epath.Path | None:
     """The directory that an interrupted run left in an output directory, if there is one."""
+    return next(iter(_unfinished(output)), None)
+
+
+def _unfinished(output: epath.Path) -> list[epath.Path]:
     if _in_bucket(output):
         step = output / STEP
-        return step if step.exists() and finished_checkpoint(output) is None else None
-    return next(iter(output.glob(f"{STEP}.orbax-checkpoint-tmp*")), None)
+        return [step] if step.exists() and finished_checkpoint(output) is None else []
+    return list(output.glob(f"{STEP}.orbax-checkpoint-tmp*"))
 
 
 def has_data(step: epath.Path) -> bool:
@@ -194,11 +199,16 @@ def has_data(step: epath.Path) -> bool:
 def remove(output: epath.Path) -> None:
     """Removes a checkpoint, finished or not, from an output directory."""
     finished = finished_checkpoint(output)
-    if finished is not None and _in_bucket(output):
-        (finished / _COMMIT_FILE).unlink()  # First, so that what is left of it never looks whole.
-    for step in (finished, unfinished_checkpoint(output)):
-        if step is not None:
-            step.rmtree()
+    for step in _unfinished(output):
+        remove_tree(step)
+    if finished is None:
+        return
+    # First it is made an unfinished one, so that what is left of it after a kill never looks whole.
+    if _in_bucket(output):
+        (finished / _COMMIT_FILE).unlink()
+    else:
+        finished = finished.rename(output / f"{STEP}.orbax-checkpoint-tmp-removed")
+    remove_tree(finished)
 
 
 def require_finished(output: epath.Path) -> epath.Path:

@@ -23,7 +23,7 @@ import tensorstore as ts
 from etils import epath
 
 from slicecast.convert import orbax_checkpoint
-from slicecast.convert.chunk_store import url
+from slicecast.convert.chunk_store import remove_tree, url
 from slicecast.convert.errors import OutputError, UsageError
 
 LOG_DIRECTORY = "slicecast-log"
@@ -120,11 +120,8 @@ def _cleared(output: epath.Path, digest: str, *, ocdbt: bool) -> bytes | None:
     clearing = _encode(Run("", _new_name(), platform.node(), time.time()))
     generation: bytes = _store(output).write(_RUN_FILE, clearing).result().generation
     orbax_checkpoint.remove(output)
-    for leftover in (output / LOG_DIRECTORY, output / SUMMARY_FILE):
-        if leftover.is_dir():
-            leftover.rmtree()
-        else:
-            leftover.unlink(missing_ok=True)
+    remove_tree(output / LOG_DIRECTORY)
+    (output / SUMMARY_FILE).unlink(missing_ok=True)
     return generation
 
 
