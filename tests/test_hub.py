@@ -1,8 +1,9 @@
-"""Conversions from the Hub and from web servers, against a stand-in on loopback: redirects, faults, refusals."""
+"""Conversions from and to the Hub, and from web servers, against a stand-in: redirects, faults, refusals."""
 
 import json
 import shutil
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def test_faults_that_pass(hub: Hub, tmp_path: Path, fault: str) -> None:
     hub.faults(**{fault: 2})
     done = convert(hub, tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    assert "secret-" not in done.stderr
     assert_right(hub, tmp_path / "out")
 
 
@@ -159,3 +161,46 @@ def test_web_servers_without_a_checkpoint(hub: Hub) -> None:
     assert "MissingFileError" in done.stderr
     assert "found none of config.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---- Outputs
+
+
+def test_conversion_to_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """The repository gets what an output directory would have; a second start finds it there."""
+    source, staging = hub.folder / NAME / "aaaa", tmp_path / "staging"
+    arguments = [
+        "convert",
+        f"--hf_model_path={source}",
+        "--base_output_directory=hf://org/converted",
+        f"--staging_directory={staging}",
+    ]
+    for line in ("waves written, 0 had been written before", "the checkpoint was finished before"):
+        done = hub.run(*arguments, token="hf_write")
+        assert done.returncode == 0, done.stderr
+        assert line in done.stderr
+        assert done.stdout == "hf://org/converted/0/items\n"
+        assert "hf_write" not in done.stderr
+        done = hub.run("verify", staging, f"--hf_model_path={source}")
+        assert "all equal to the source, bit for bit" in done.stdout, done.stderr
+    for file in staging.rglob("*"):
+        name = str(file.relative_to(staging))
+        if file.is_file() and not name.startswith("slicecast-log/"):
+            with urllib.request.urlopen(f"{hub.endpoint}/org/converted/resolve/main/{name}") as uploaded:
+                assert uploaded.read() == file.read_bytes(), name
+
+
+def test_a_token_that_may_not_write_is_refused_before_anything_is_converted(hub: Hub, tmp_path: Path) -> None:
+    source, staging = hub.folder / NAME / "aaaa", tmp_path / "staging"
+    done = hub.run(
+        "convert",
+        f"--hf_model_path={source}",
+        "--base_output_directory=hf://org/converted",
+        f"--staging_directory={staging}",
+        "--hf_access_token=hf_right",
+    )
+    assert done.returncode == 1
+    assert "make one with the role 'write'" in done.stderr
+    assert "hf_right" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not staging.exists()
