@@ -140,10 +140,14 @@ def _continuing(
     class Continuing(base):  # type: ignore[misc, valid-type]
         async def create(self) -> epath.Path:
             temporary, final = self.get(), self.get_final()
+            is_item = temporary.name.startswith(ITEM)
+            if not is_item and finished_checkpoint(output) is not None:
+                raise OutputError(f"{final}: another run has finished this checkpoint meanwhile.")
             if final != temporary and final.exists() and not temporary.exists():
                 final.rename(temporary)  # Killed after the item was renamed and before the step was.
-            if temporary.exists() and (temporary.name.startswith(ITEM) or has_data(temporary)):
-                (temporary / _COMMIT_FILE).unlink(missing_ok=True)
+            if temporary.exists() and (is_item or has_data(temporary)):
+                if final != temporary:  # In a bucket another run may be finishing it right now.
+                    (temporary / _COMMIT_FILE).unlink(missing_ok=True)
                 return temporary
             return await super().create()
 

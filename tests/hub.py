@@ -245,6 +245,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return {"blobId": _blob(content)}
         return {"size": size, "lfs": {"oid": oid, "sha256": oid, "size": size, "pointerSize": len(_POINTER) + 64}}
 
+    def _smudged(self, file: Path) -> bytes:
+        """The content of a file, which is stored elsewhere if it is large."""
+        content = file.read_bytes()
+        match = re.fullmatch(_POINTER.format("([0-9a-f]+)", "([0-9]+)").encode(), content)
+        return self._large(match[1].decode()).read_bytes() if match else content
+
     def _preupload(self, name: str, revision: str, files: list[dict[str, Any]]) -> None:
         folder = self._commit(name, revision)
         if folder is None:
@@ -323,7 +329,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             Location=location,
             X_Repo_Commit=folder.name,
             X_Linked_Etag=etag,
-            X_Linked_Size=str(stored.stat().st_size),
+            X_Linked_Size=str(len(self._smudged(stored))),
         )
 
     def _content(self, path: str, query: str) -> None:
@@ -340,7 +346,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not stored.is_file():
             self._answer(404)
             return
-        data, etag = stored.read_bytes(), f'"{stored.stat().st_mtime_ns}"'
+        data, etag = self._smudged(stored), f'"{stored.stat().st_mtime_ns}"'
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if match is None:
             self._answer(200, data, ETag=etag)
