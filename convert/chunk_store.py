@@ -11,7 +11,6 @@ its time, and without the crc a flipped bit would be read without an error. zarr
 """
 
 import asyncio
-import hashlib
 import itertools
 import queue
 import secrets
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore as ts
+import xxhash
 from etils import epath
 
 from slicecast.convert.box import Box, Shape
@@ -309,8 +309,11 @@ class ChunkReader:
 
 
 def digest(values: np.ndarray) -> str:
-    """The SHA-256 of values in row-major order, little-endian, as hexadecimal digits."""
-    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8).data).hexdigest()
+    """The XXH3 of 128 bits of values in row-major order, little-endian, as hexadecimal digits.
+
+    It finds mistakes, not forgeries. SHA-256 took a fifth of a conversion's processor time.
+    """
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).view(np.uint8).data)
 
 
 def finished_keys(directory: epath.Path, chunk_format: ChunkFormat, plan: str, context: ts.Context) -> frozenset[str]:
