@@ -361,6 +361,11 @@ def url(directory: epath.Path) -> str:
     return f"{path}/" if "://" in path else f"file://{path}/"
 
 
+def write_file(directory: epath.Path, name: str, content: str) -> None:
+    """Writes a file or an object; it is there whole or not at all, whenever this is killed."""
+    ts.KvStore.open(url(directory)).result().write(name, content.encode()).result()
+
+
 def remove_tree(directory: epath.Path) -> None:
     """Removes all that is in a directory or below a path in a bucket."""
     if url(directory).startswith("file://"):
