@@ -25,7 +25,7 @@ import xxhash
 from etils import epath
 
 from slicecast.convert.box import Box, Shape
-from slicecast.convert.errors import OutputError
+from slicecast.convert.errors import StorageError
 
 PROCESS_PREFIX = "ocdbt.process_"
 
@@ -211,7 +211,7 @@ class ChunkWriter:
             The digest of each chunk that was written, by its key; see `digest`.
 
         Raises:
-            OutputError: If storage fails.
+            StorageError: If storage fails.
         """
         return self._carry_out(self._write(blocks))
 
@@ -221,7 +221,7 @@ class ChunkWriter:
             return asyncio.run(coroutine)
         except (OSError, RuntimeError, ValueError) as error:  # What TensorStore raises for a failure of storage.
             cause = (str(error).splitlines() or [type(error).__name__])[0]
-            raise OutputError(
+            raise StorageError(
                 f"{self._directory}: cannot be written: {cause}. Make space, or mend the storage, and run the same "
                 "command again: it goes on."
             ) from error

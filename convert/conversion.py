@@ -19,7 +19,7 @@ from slicecast.convert import hosts, orbax_checkpoint
 from slicecast.convert.chunk_store import ChunkFormat, ChunkReader, ChunkWriter, write_file
 from slicecast.convert.commands import RECORDED, make_plan, this_machine
 from slicecast.convert.device import choose_implementation
-from slicecast.convert.errors import OutputError, UsageError
+from slicecast.convert.errors import OutputError, StorageError, UsageError
 from slicecast.convert.interruption import stopping
 from slicecast.convert.output import LOG_DIRECTORY, SUMMARY_FILE, Ownership, begin, open_output, release
 from slicecast.convert.pipeline import Pipeline, WaveReport, array_spec
@@ -215,7 +215,7 @@ class _Conversion:
             release(self._output)
             return str(file)
         except Exception as error:  # Each backend of epath has its own.
-            raise OutputError(
+            raise StorageError(
                 f"{file}: the checkpoint is finished, but this could not be written: {error}. Run the command again."
             ) from error
 

@@ -7,6 +7,9 @@ together as `PlanErrors`, so that a user mends everything in one round.
 
 from collections.abc import Sequence
 
+# The exit code of failures that may pass, such as that of a bucket. XPK, and our manifests, start a run again after it.
+_TRY_AGAIN = 42
+
 
 class SlicecastError(Exception):
     """Base of all errors that a user can meet. Anything else that escapes is a bug of ours."""
@@ -77,11 +80,19 @@ class BudgetError(SlicecastError):
 
 
 class OutputError(SlicecastError):
-    """The output cannot be used: another checkpoint or run is there, hosts do not share it, or storage fails."""
+    """The output cannot be used: another checkpoint or run is there, hosts do not share it, or it is not writable."""
+
+
+class StorageError(OutputError):
+    """Storage failed while a checkpoint was written."""
+
+    exit_code = _TRY_AGAIN
 
 
 class ReadError(SlicecastError):
     """A byte range of a source file could not be read."""
+
+    exit_code = _TRY_AGAIN
 
 
 class StoppedError(SlicecastError):

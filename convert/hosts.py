@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from slicecast.convert.errors import OutputError, UsageError
+from slicecast.convert.errors import OutputError, StorageError, UsageError
 from slicecast.convert.memory import Machine
 
 # What `jax.distributed.initialize()` says where nothing tells it of other processes: a machine on its own.
@@ -111,14 +111,15 @@ def on_first(function: Callable[[], str]) -> str:
         try:
             answer = {"value": function()}
         except OutputError as error:
-            answer = {"error": str(error)}
+            answer = {type(error).__name__: str(error)}
     encoded = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array([len(encoded)], np.int32))[0])
     padded = np.zeros(length, np.uint8)
     padded[: len(encoded)] = encoded[:length]
     answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
-    if "error" in answer:
-        raise OutputError(answer["error"])
+    for kind in (OutputError, StorageError):
+        if kind.__name__ in answer:
+            raise kind(answer[kind.__name__])
     value: str = answer["value"]
     return value
 

@@ -40,7 +40,7 @@ from slicecast.convert.chunk_store import (
     missing_keys,
     remove_tree,
 )
-from slicecast.convert.errors import IncompleteError, OutputError
+from slicecast.convert.errors import IncompleteError, OutputError, SlicecastError, StorageError
 
 STEP = "0"
 ITEM = "items"
@@ -265,7 +265,7 @@ def save(
         before_commit: Called on process 0 when all is written; an error keeps the checkpoint from being committed.
 
     Raises:
-        OutputError: If storage fails.
+        StorageError: If storage fails.
         IncompleteError: If chunks are missing at the end.
         SlicecastError: Whatever `convert` and `before_commit` raise.
     """
@@ -307,8 +307,11 @@ def save(
                 custom_metadata=dict(custom_metadata),
             )
             checkpointer.wait_until_finished()
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error}. Run the same command again: it goes on.") from error
+    except SlicecastError:
+        raise
+    except Exception as error:  # Each backend of epath has its own, and Orbax those of its barriers.
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StorageError(f"{output}: cannot be written: {cause}. Run the same command again: it goes on.") from error
 
 
 class _OpenHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from slicecast.convert.errors import OutputError
+from slicecast.convert.errors import StorageError
 
 # Often enough to watch other hosts, and seldom enough for a bucket: 64 hosts make 6 objects a second of it.
 SECONDS_BETWEEN_PARTS = 10.0
@@ -57,7 +57,7 @@ class RunLog:
             **fields: What is known of it.
 
         Raises:
-            OutputError: If storage fails.
+            StorageError: If storage fails.
         """
         record = {"event": event, "time": round(time.time(), 3), **self._common, **fields}
         self._echo(record)
@@ -70,7 +70,7 @@ class RunLog:
         """Writes what has not been written.
 
         Raises:
-            OutputError: If storage fails.
+            StorageError: If storage fails.
         """
         with self._lock:
             self._write()
@@ -83,7 +83,7 @@ class RunLog:
             self._directory.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(f"{line}\n" for line in self._lines))
         except Exception as error:  # Each backend of epath has its own.
-            raise OutputError(f"{file}: cannot be written: {error}. Run the same command again: it goes on.") from error
+            raise StorageError(f"{file}: cannot be written: {error}. Run the same command again.") from error
         self._parts += 1
         self._lines.clear()
         self._written = self._clock()

@@ -47,7 +47,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # Documented,
     validate_repo_id,
 )
 
-from slicecast.convert.errors import OutputError, SlicecastError, UsageError
+from slicecast.convert.errors import OutputError, SlicecastError, StorageError, UsageError
 from slicecast.convert.memory import GB
 from slicecast.convert.orbax_checkpoint import STEP, read_own_metadata
 from slicecast.convert.output import SUMMARY_FILE
@@ -360,4 +360,4 @@ def _output_error(name: str, error: BaseException) -> OutputError:
                 f"{SCHEME}{name}: somebody else has changed the repository during the upload. Run the same command "
                 "again: it goes on."
             )
-    return OutputError(f"{SCHEME}{name}: {hub} cannot be written to: {said}. Run the same command again: it goes on.")
+    return StorageError(f"{SCHEME}{name}: {hub} cannot be written to: {said}. Run the same command again: it goes on.")

@@ -376,6 +376,8 @@ def test_exit_codes_tell_mistakes_from_failures() -> None:
         "UsageError": 2,
         "StoppedError": 130,
         "PreemptedError": 143,
+        "StorageError": 42,
+        "ReadError": 42,
     }
 
 

@@ -362,13 +362,13 @@ def test_a_full_disk(slicecast: Any, kimi: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     arguments = ["convert", f"--hf_model_path={kimi}", f"--base_output_directory={output}", BUDGET]
     done = slicecast.run(*arguments, prelude=FULL_DISK, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 42
     assert_not_loadable(output)
     slicecast.run(*arguments)
     slicecast.run("verify", output, f"--hf_model_path={kimi}")
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("slicecast: OutputError: ")
+    assert last.startswith("slicecast: StorageError: ")
     assert str(output) in last
     assert "File too large" in last
 
@@ -380,7 +380,7 @@ def test_a_source_that_shrinks(slicecast: Any, kimi: Path, tmp_path: Path) -> No
     file = source / "model-00003-of-000003.safetensors"
     arguments = ["convert", f"--hf_model_path={source}", f"--base_output_directory={output}", BUDGET]
     done = slicecast.run(*arguments, prelude=SHRINK.format(file=str(file)), check=False)
-    assert done.returncode == 1
+    assert done.returncode == 42
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"slicecast: ReadError: {file.name}: ")
