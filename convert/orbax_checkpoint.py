@@ -311,7 +311,10 @@ def save(
         raise
     except Exception as error:  # Each backend of epath has its own, and Orbax those of its barriers.
         cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StorageError(f"{output}: cannot be written: {cause}. Run the same command again: it goes on.") from error
+        raise StorageError(
+            f"{output}: the checkpoint could not be finished, because storage or another process failed: {cause}. Run the "
+            "same command again: it goes on."
+        ) from error
 
 
 class _OpenHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]

@@ -25,6 +25,7 @@ from slicecast.configs.families import (
 from slicecast.convert.errors import ConfigError, UnsupportedArchitectureError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Model, ModelOptions
+from slicecast.convert.source.safetensors_header import clip, is_name
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def recognize(config: Mapping[str, Any], options: ModelOptions = ModelOptions())
     """
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise ConfigError(f"config.json: field 'architectures' is {architectures!r}; a list of names is expected.")
+        raise ConfigError(f"config.json: field 'architectures' is {clip(architectures)}; a list of names is expected.")
     model_type = config.get("model_type")
     if not architectures and isinstance(model_type, str):
         architectures = [_BY_MODEL_TYPE.get(model_type, f"of model_type '{model_type}'")]
@@ -122,8 +123,9 @@ def recognize(config: Mapping[str, Any], options: ModelOptions = ModelOptions())
                 model: Model = family.rules.model(HfConfig(config), architecture, options)
                 _check_parts(model, options)
                 return model
+    given = ", ".join(map(str, architectures)) or "(none given)"
     raise UnsupportedArchitectureError(
-        f"config.json: architecture {', '.join(map(str, architectures)) or '(none given)'} is not supported. "
+        f"config.json: architecture {given if is_name(given) else clip(given)} is not supported. "
         f"Supported: {', '.join(supported_architectures())}."
     )
 

@@ -4,6 +4,7 @@ Published names are those of DeepSeek's own program.
 """
 
 from slicecast.configs.families import blocks
+from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping.hf_config import HfConfig
 from slicecast.convert.mapping.rules import Ignore, LayerAxis, Layers, Model, ModelOptions
 from slicecast.convert.mapping.table import RuleTable
@@ -76,7 +77,12 @@ def _sizes(c: HfConfig, options: ModelOptions) -> dict[str, int]:
 
 def _layers(c: HfConfig, layers: int, first: int) -> list[tuple[Layers, int]]:
     """The kinds of layers with their compression: the first ones alone, then pairs."""
-    ratios = c.values.get("compress_ratios") or [0, 0] + [_HEAVY if i % 2 else _INDEXED for i in range(2, layers)]
+    ratios = c.sequence("compress_ratios") or [0, 0] + [_HEAVY if i % 2 else _INDEXED for i in range(2, layers)]
+    if min(layers, len(ratios)) < first + 2:
+        raise ConfigError(
+            f"{c.where}: field 'num_hidden_layers' is {layers}, and there are {len(ratios)} compress_ratios; a pair of "
+            f"layers is expected after the first {first}. Use the config.json that was published with the weights."
+        )
     alone = [(Layers(layer, (), f"layers_{layer}"), ratios[layer]) for layer in range(first)]
     repeats = LayerAxis("scanned_blocks", (layers - first) // 2, 2)
     pair = [

@@ -39,7 +39,7 @@ def add_vision(c: HfConfig, table: RuleTable, prefix: str, hidden: int, name: st
         None,
         embed_attn=width,
         width=width,
-        **blocks.head_sizes(heads, heads, width // heads),
+        **blocks.head_sizes(heads, heads, c.quotient("hidden_size", "num_heads")),
         inner=c.integer("intermediate_size"),
         merged=merge * width,
         hidden=hidden,
@@ -67,7 +67,7 @@ def add_vision(c: HfConfig, table: RuleTable, prefix: str, hidden: int, name: st
     omni = name == _OMNI
     parts = ("mlp.0", "mlp.2", "ln_q") if omni else ("linear_fc1", "linear_fc2", "norm")
     mergers = "merger_list" if omni else "deepstack_merger_list"
-    for index, _ in enumerate(c.values.get("deepstack_visual_indexes") or ()):
+    for index, _ in enumerate(c.sequence("deepstack_visual_indexes")):
         _merger(encoder.within(f"{mergers}.{index}", f"merger_{index}"), *parts, normed="merged")
     _merger(tower.within("merger", f"{name}VisionProjector_0/merger"), *parts, normed="width")
 
@@ -101,7 +101,7 @@ def _add_audio(c: HfConfig, table: RuleTable, hidden: int) -> None:
         embed_attn=width,
         width=width,
         width_out=width,
-        **blocks.head_sizes(heads, heads, width // heads),
+        **blocks.head_sizes(heads, heads, c.quotient("d_model", "encoder_attention_heads")),
         mlp=c.integer("encoder_ffn_dim"),
         channels=channels,
         channels_out=channels,

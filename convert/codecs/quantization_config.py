@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from slicecast.convert.source.safetensors_header import clip
+
 # Methods whose tensors the codecs know. What each announces beside its name is read by the functions below.
 _AUTO_ROUND = "auto-round"
 _BITSANDBYTES = "bitsandbytes"
@@ -255,7 +257,8 @@ def _mlx(found: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _refused(method: str, what: str) -> QuantizationConfig:
-    return QuantizationConfig(method, what, refusal=f"'{what}'")
+    refusal = clip(what)
+    return QuantizationConfig(method, refusal[1:-1], refusal=refusal)
 
 
 def _weights(group: Any) -> Mapping[str, Any]:

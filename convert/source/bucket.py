@@ -1,16 +1,24 @@
-"""A path in a bucket: `gs://`.
+"""A path in a bucket: `gs://` or `s3://`.
 
 Bytes come through TensorStore, which repeats what a bucket answers with 429 or 5xx, and holds no lock of the
-interpreter. Listing goes through `etils.epath`, with which Orbax writes to buckets too.
+interpreter. Listing goes through `etils.epath`, with which Orbax writes to buckets too; it takes gcsfs for `gs://`
+and s3fs for `s3://`.
+
+Both halves find credentials for S3 where AWS' own tools do: in `AWS_ACCESS_KEY_ID` and its companions, in the profile
+`AWS_PROFILE` of `~/.aws`, or from the machine's role. A public bucket needs none, if `FSSPEC_S3_ANON=true` tells s3fs
+so. TensorStore asks AWS for the region of a bucket. `AWS_ENDPOINT_URL` names another service that speaks S3, such as
+MinIO, R2 or Ceph; its buckets are addressed by paths, in the region `AWS_DEFAULT_REGION`.
 """
 
+import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import tensorstore as ts
 from etils import epath
 
-from slicecast.convert.errors import MissingFileError, ReadError
+from slicecast.convert.errors import MissingFileError, ReadError, UsageError
 from slicecast.convert.source.storage import ByteRange, changed_error, missing_error, read_error, scatter
 
 
@@ -19,7 +27,10 @@ class Bucket:
 
     def __init__(self, path: str):
         self._path = path.rstrip("/")
-        self._store = ts.KvStore.open(f"{self._path}/").result()
+        try:
+            self._store = ts.KvStore.open(_specification(f"{self._path}/")).result()
+        except ValueError as error:
+            raise UsageError(f"{path}: found {_cause(error)}, expected the URL of a path in a bucket.") from error
         self._generations: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
@@ -32,6 +43,8 @@ class Bucket:
         """The objects' names."""
         try:
             found = frozenset(child.name for child in epath.Path(self._path).iterdir())
+        except FileNotFoundError:
+            found = frozenset()
         except Exception as error:  # Each backend of epath has its own.
             raise ReadError(
                 f"{self._path}: cannot be listed ({error}). Check the name and your credentials."
@@ -55,7 +68,7 @@ class Bucket:
         try:
             result = self._store.read(wanted.file, byte_range=byte_range).result()
         except Exception as error:  # TensorStore maps a status to one of many built-in types.
-            raise read_error(wanted, 0, str(error)) from error
+            raise read_error(wanted, 0, _cause(error)) from error
         if result.state != "value":
             raise read_error(wanted, 0, "there is no such file")
         if len(result.value) != wanted.nbytes:
@@ -65,3 +78,25 @@ class Bucket:
         if first != result.stamp.generation:
             raise changed_error(wanted.file, first, result.stamp.generation)
         scatter(memoryview(result.value), targets)
+
+
+def _specification(url: str) -> str | dict[str, Any]:
+    """What TensorStore opens a URL with. It reads nothing but credentials from AWS' variables."""
+    if not url.startswith("s3://"):
+        return url
+    bucket, _, path = url.removeprefix("s3://").partition("/")
+    found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
+    # The names of AWS' tools, and their order.
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        found["endpoint"] = endpoint.rstrip("/")
+        if region := os.environ.get("AWS_DEFAULT_REGION"):
+            found["aws_region"] = region
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        # What TensorStore would find anyhow, but it would complain first that there is no ~/.aws.
+        found["aws_credentials"] = {"type": "environment"}
+    return found
+
+
+def _cause(error: Exception) -> str:
+    """What TensorStore says without the response's body, in which S3 repeats a token that has expired."""
+    return str(error).partition(" [http_response_body=")[0]

@@ -16,12 +16,20 @@ from slicecast.convert.errors import (
     PlanErrors,
     SlicecastError,
 )
-from slicecast.convert.source.index import INDEX, duplicate_errors, files_without_index, index_errors, parse_index
+from slicecast.convert.source.index import (
+    INDEX,
+    MAX_JSON_BYTES,
+    duplicate_errors,
+    files_without_index,
+    index_errors,
+    parse_index,
+)
 from slicecast.convert.source.reader import Reader, Span
 from slicecast.convert.source.safetensors_header import (
     PREFIX_BYTES,
     RepeatedKeyError,
     TensorInfo,
+    clip,
     header_nbytes,
     load_json,
     parse_header,
@@ -147,13 +155,16 @@ def _collected(errors: list[SlicecastError]) -> Iterator[None]:
 
 def _read_json(reader: Reader, file: str, kind: type[ConfigError] | type[HeaderError]) -> dict[str, Any]:
     """Returns the JSON object in `file`; `kind` is raised if there is none."""
-    (data,) = reader.read([Span(file, 0, reader.storage.size(file))])
+    size = reader.storage.size(file)
+    if size > MAX_JSON_BYTES:
+        raise kind(f"{file}: found {size} bytes, expected at most {MAX_JSON_BYTES} of JSON. Download it again.")
+    (data,) = reader.read([Span(file, 0, size)])
     try:
         content = load_json(data.tobytes())
     except RepeatedKeyError as error:
         if kind is HeaderError:
             raise DuplicateTensorError(
-                f"{file}: found the key {error.key!r} more than once, expected each tensor once. Download it again."
+                f"{file}: found the key {clip(error.key)} more than once, expected each tensor once. Download it again."
             ) from None
         raise kind(f"{file}: found that {error}, expected each key once. Download it again.") from None
     except ValueError as error:

@@ -2,16 +2,21 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from slicecast.convert.errors import DuplicateTensorError, HeaderError, MissingFileError, SlicecastError
-from slicecast.convert.source.safetensors_header import TensorInfo
+from slicecast.convert.source.safetensors_header import MAX_HEADER_BYTES, MAX_NAME_CHARACTERS, TensorInfo, clip, is_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUFFIX = ".safetensors"
+# The longest config or index that is read, as long as a header may be. An index names the tensors of all headers; those
+# of Kimi-K2.6 have 32 MB together.
+MAX_JSON_BYTES = MAX_HEADER_BYTES
 # Weights that we do not read, to be named when there is nothing else.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".npz", ".h5", ".msgpack")
+# Characters that are more than a part of a name to a file system, a URL or a pattern.
+_NOT_IN_FILES = frozenset("/\\%?#*")
 # Names that one message lists before it only counts: enough to recognize a pattern.
 NAMES_SHOWN = 3
 
@@ -25,9 +30,14 @@ def parse_index(index: Mapping[str, Any], present: Collection[str]) -> dict[str,
             f"Download it again."
         )
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(SUFFIX) or not _is_plain(file):
+        if not is_name(name):
             raise HeaderError(
-                f"{INDEX}: tensor {name!r}: found file {file!r}, expected the name of a {SUFFIX} file in the same "
+                f"{INDEX}: tensor {clip(name)}: found a name that cannot be shown, or is too long, expected at most "
+                f"{MAX_NAME_CHARACTERS} characters that can be printed. Download the index again."
+            )
+        if not _is_plain(file) or not file.endswith(SUFFIX):
+            raise HeaderError(
+                f"{INDEX}: tensor {name!r}: found file {clip(file)}, expected the name of a {SUFFIX} file in the same "
                 f"directory, without a path. Download the index again; do not use one that points elsewhere."
             )
     if SINGLE in present and SINGLE not in weight_map.values():
@@ -41,6 +51,12 @@ def parse_index(index: Mapping[str, Any], present: Collection[str]) -> dict[str,
 def files_without_index(path: str, present: Collection[str]) -> list[str]:
     """Returns the files of a checkpoint that has no index; `path` is for messages. Pure."""
     files = sorted(name for name in present if name.endswith(SUFFIX))
+    for file in files:
+        if not _is_plain(file):
+            raise HeaderError(
+                f"{path}: found the file {clip(file)}, expected a name of at most {MAX_NAME_CHARACTERS} characters "
+                f"that can be printed, without '..' and any of {' '.join(sorted(_NOT_IN_FILES))}. Rename it."
+            )
     if not files:
         others = sorted(name for name in present if name.endswith(OTHER_WEIGHTS))
         found = f"no {SUFFIX} files" + (f" but {_some(others)}" if others else "")
@@ -105,12 +121,12 @@ def index_errors(
     return errors
 
 
-def _is_plain(file: str) -> bool:
-    """Tells whether a file name stays in its directory, and can be shown."""
-    return file.isprintable() and not any(part in file for part in ("/", "\\", ".."))
+def _is_plain(file: Any) -> TypeGuard[str]:
+    """Tells whether a file name stays in its directory, wherever that is, and can be shown."""
+    return is_name(file) and ".." not in file and _NOT_IN_FILES.isdisjoint(file)
 
 
 def _some(names: Sequence[str]) -> str:
     """Lists a few names and counts the rest."""
-    shown = ", ".join(map(repr, names[:NAMES_SHOWN]))
+    shown = ", ".join(map(clip, names[:NAMES_SHOWN]))
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

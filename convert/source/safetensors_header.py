@@ -10,9 +10,10 @@ We parse it ourselves because that library cannot read F8, E8M0 and F4 through N
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from reprlib import repr as clip  # Cuts long or deeply nested values to a length that suits a message.
+from reprlib import Repr
 from typing import Any
 
 from slicecast.convert.errors import (
@@ -38,6 +39,14 @@ DTYPE_BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+
+# Names reach messages, logs and terminals: neither control characters nor endless ones are accepted. The longest names
+# of published tensors have some hundred characters; file systems take 255 bytes.
+MAX_NAME_CHARACTERS = 255
+
+# Configs, indexes and headers nest a few levels. Python's own parser takes a thousand and more, which its own encoder
+# then does not.
+MAX_JSON_DEPTH = 64
 
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 _DOWNLOAD_AGAIN = "Download the file again."
@@ -69,7 +78,22 @@ class RepeatedKeyError(ValueError):
 
     def __init__(self, key: str):
         self.key = key
-        super().__init__(f"the key {key!r} occurs more than once in one JSON object")
+        super().__init__(f"the key {clip(key)} occurs more than once in one JSON object")
+
+
+_SHORT = Repr()
+_SHORT.maxstring = MAX_NAME_CHARACTERS
+
+
+def clip(value: object) -> str:
+    """`repr`, cut to the length of a name: nothing in it garbles a terminal or floods it."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= MAX_NAME_CHARACTERS else f"{text[:MAX_NAME_CHARACTERS]}..."
+
+
+def is_name(value: object) -> bool:
+    """Tells whether `value` can be the name of a tensor or a file: text that can be shown, and is not endless."""
+    return isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS and value.isprintable()
 
 
 def load_json(data: bytes) -> Any:
@@ -80,9 +104,22 @@ def load_json(data: bytes) -> Any:
       ValueError: not UTF-8, not JSON, nested too deeply, or a number of absurd length.
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for outer in level for inner in _members(outer) if isinstance(inner, dict | list)]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return content
+
+
+_TOO_DEEP = f"the JSON is nested more than {MAX_JSON_DEPTH} levels deep"
+
+
+def _members(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,7 +216,7 @@ def _load_entries(header: bytes, file: str) -> dict[str, Any]:
         if error.key in _FIELDS:
             raise _header_error(file, f"a field {error.key!r} given twice for one tensor", "each field once") from None
         raise DuplicateTensorError(
-            f"{file}: found the tensor {error.key!r} more than once in the header, expected each name once. "
+            f"{file}: found the tensor {clip(error.key)} more than once in the header, expected each name once. "
             f"{_DOWNLOAD_AGAIN}"
         ) from None
     except ValueError as error:
@@ -192,8 +229,9 @@ def _load_entries(header: bytes, file: str) -> dict[str, Any]:
 
 def _parse_entry(name: str, entry: Any, file: str, data_start: int) -> TensorInfo:
     """Checks one tensor's entry on its own."""
-    if not _is_text(name):
-        raise _tensor_error(HeaderError, file, name, "a name that is not Unicode text", "Unicode text")
+    if not is_name(name):
+        expected = f"at most {MAX_NAME_CHARACTERS} characters that can be printed"
+        raise _tensor_error(HeaderError, file, name, "a name that cannot be shown, or is too long", expected)
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise _tensor_error(HeaderError, file, name, f"the fields {clip(found)}", f"exactly {sorted(_FIELDS)}")
@@ -202,7 +240,7 @@ def _parse_entry(name: str, entry: Any, file: str, data_start: int) -> TensorInf
         raise _tensor_error(HeaderError, file, name, f"a dtype of type {type(dtype).__name__}", "a string")
     if dtype not in DTYPE_BITS:
         raise UnsupportedFormatError(
-            f"{file}: tensor {name!r}: found dtype {clip(dtype)}, expected one of {', '.join(DTYPE_BITS)}. "
+            f"{file}: tensor {clip(name)}: found dtype {clip(dtype)}, expected one of {', '.join(DTYPE_BITS)}. "
             f"Download the file again, or save the tensor with another dtype."
         )
     if not _are_sizes(shape) or len(shape) > MAX_RANK:
@@ -239,4 +277,4 @@ def _header_error(file: str, found: str, expected: str) -> HeaderError:
 
 
 def _tensor_error(kind: type[SlicecastError], file: str, name: str, found: str, expected: str) -> SlicecastError:
-    return kind(f"{file}: tensor {name!r}: found {found}, expected {expected}. {_DOWNLOAD_AGAIN}")
+    return kind(f"{file}: tensor {clip(name)}: found {found}, expected {expected}. {_DOWNLOAD_AGAIN}")

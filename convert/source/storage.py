@@ -1,7 +1,7 @@
 """Where a checkpoint's files lie: a directory, a bucket, a web server, or the Hugging Face Hub.
 
     /data/Kimi-K2.6, file:///data/Kimi-K2.6     a directory                       `directory.py`
-    gs://bucket/path                            a bucket                          `bucket.py`
+    gs://bucket/path, s3://bucket/path          a bucket                          `bucket.py`
     https://host/path                           a directory of a web server       `web.py`
     org/name, hf://org/name, hf://org/name@REV  a repository of the Hub           `hub.py`
 
@@ -84,6 +84,7 @@ def open_storage(path: str, revision: str | None = None) -> Storage:
     scheme, separator, rest = path.partition("://")
     kinds: dict[str, Callable[[str], Storage]] = {
         "gs": Bucket,
+        "s3": Bucket,
         "http": WebDirectory,
         "https": WebDirectory,
         "file": Directory,
@@ -98,7 +99,7 @@ def open_storage(path: str, revision: str | None = None) -> Storage:
     if not separator:
         return Directory(path)
     if scheme not in kinds:
-        raise UsageError(f"{path}: '{scheme}://' cannot be read; a directory, gs://, https:// and hf:// can.")
+        raise UsageError(f"{path}: '{scheme}://' cannot be read; a directory, gs://, s3://, https:// and hf:// can.")
     return kinds[scheme](path)
 
 

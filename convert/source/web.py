@@ -6,13 +6,13 @@ weights or the index of several.
 
 import contextlib
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from slicecast.convert.errors import MissingFileError, ReadError
 from slicecast.convert.source.http import request
-from slicecast.convert.source.index import INDEX, SINGLE
+from slicecast.convert.source.index import INDEX, MAX_JSON_BYTES, SINGLE
+from slicecast.convert.source.safetensors_header import load_json
 from slicecast.convert.source.storage import ByteRange, changed_error, missing_error, read_error, scatter
 
 # Files other than weights that a checkpoint may have.
@@ -33,11 +33,11 @@ class WebDirectory:
     def names(self) -> frozenset[str]:
         """The configs that are there, and the files of weights that the index names, or the only one."""
         found = {name for name in (*_OTHERS, INDEX, SINGLE) if self._headers(name) is not None}
-        if INDEX in found:
+        if INDEX in found and self.size(INDEX) <= MAX_JSON_BYTES:
             text = self._request("GET", INDEX, {}).content
             # Whoever reads the index says what is wrong with it.
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                found.update(map(str, json.loads(text)["weight_map"].values()))
+                found.update(map(str, load_json(text)["weight_map"].values()))
         if not found:
             raise MissingFileError(f"{self._path}: found none of {', '.join((*_OTHERS[:1], INDEX, SINGLE))} there.")
         return frozenset(found)
