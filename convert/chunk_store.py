@@ -234,7 +234,8 @@ class ChunkWriter:
 
     async def _write_metadata(self) -> None:
         store = self._new_store()
-        transaction = ts.Transaction(atomic=self.format.ocdbt)
+        # Files are written one by one: in a transaction, those that another run writes meanwhile would be an error.
+        transaction = ts.Transaction(atomic=True) if self.format.ocdbt else None
         await asyncio.gather(
             *(
                 ts.open(
@@ -247,7 +248,8 @@ class ChunkWriter:
                 for array in self._arrays
             )
         )
-        await transaction.commit_async()
+        if transaction is not None:
+            await transaction.commit_async()
         self._idle.put(await self._opened(store))
 
     async def _opened(self, store: dict[str, Any] | str) -> "_Database":

@@ -312,8 +312,8 @@ def save(
     except Exception as error:  # Each backend of epath has its own, and Orbax those of its barriers.
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise StorageError(
-            f"{output}: the checkpoint could not be finished, because storage or another process failed: {cause}. Run the "
-            "same command again: it goes on."
+            f"{output}: the checkpoint could not be finished, because storage or another process failed: {cause}. Run "
+            "the same command again: it goes on."
         ) from error
 
 
