@@ -52,14 +52,19 @@ Report = Callable[[WaveReport], None]
 STAGES = ("read", "compute", "write")
 
 
-class _Stopwatch:
-    """How long each stage of one wave has taken. Used by one thread."""
+class Stopwatch:
+    """How long each stage of one wave has taken. Used by one thread.
+
+    Attributes:
+        seconds: By stage.
+    """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextlib.contextmanager
     def measure(self, stage: str) -> Iterator[None]:
+        """Adds the time inside to a stage."""
         start = time.monotonic()
         yield
         self.seconds[stage] += time.monotonic() - start
@@ -162,7 +167,7 @@ class Pipeline:
                     todo = [work for work in wave.boxes if writer.missing(array_spec(work.leaf), work.box)]
                     left = Wave(tuple(todo))
                     inside.enter_context(self._gate.admit(left.host_bytes(self._plan.machine)))
-                stopwatch = _Stopwatch()
+                stopwatch = Stopwatch()
                 digests: Mapping[str, str] = {}
                 if todo:
                     blocks = [self._convert(work, stopwatch) for work in todo]
@@ -172,7 +177,7 @@ class Pipeline:
                     del blocks
             self._report(WaveReport(number, wave.out_bytes, left.in_bytes, left.out_bytes, stopwatch.seconds, digests))
 
-    def _convert(self, work: WorkBox, stopwatch: _Stopwatch) -> Block:
+    def _convert(self, work: WorkBox, stopwatch: Stopwatch) -> Block:
         """Reads and computes one box."""
         planned, box = work.leaf, work.box
         leaf = planned.leaf

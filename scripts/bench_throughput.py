@@ -61,10 +61,10 @@ class _Floor(Pipeline):
         super().__init__(plan, 0, jax.local_devices(), lambda _: None, lambda: None)
         self._blocks = blocks
 
-    def _convert(self, work: WorkBox) -> Block:
+    def _convert(self, work: WorkBox, _: pipeline.Stopwatch) -> Block:
         start, stop = work.leaf.rows(work.box)
         tensors = work.leaf.tensors(work.box)
-        self.reader.read([part.span(start, stop) for tensor in tensors for part in tensor.parts])
+        self.reader.read([span for tensor in tensors for part in tensor.parts for span in part.spans(start, stop)])
         return self._blocks[work.leaf.leaf.path, work.box.start]
 
 
