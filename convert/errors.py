@@ -120,5 +120,7 @@ class PlanErrors(SlicecastError):  # noqa: N818  It holds several errors.
 
     def __init__(self, errors: Sequence[SlicecastError]):
         self.errors = tuple(errors)
+        if all(error.exit_code == _TRY_AGAIN for error in self.errors):
+            self.exit_code = _TRY_AGAIN
         lines = [f"[{type(error).__name__}] {error}" for error in self.errors]
         super().__init__("\n".join(lines))

@@ -17,7 +17,7 @@ from absl import logging
 from rich.console import Console
 
 from slicecast.convert import cli, commands, describe
-from slicecast.convert.errors import SlicecastError, UsageError
+from slicecast.convert.errors import PlanErrors, ReadError, SlicecastError, UsageError
 from slicecast.convert.memory import Machine
 from slicecast.convert.pipeline import WaveReport
 from slicecast.convert.progress import ProgressDisplay
@@ -580,3 +580,9 @@ def test_the_machine_that_is_planned_for() -> None:
     assert commands.machine_for_planning(settings) == Machine(3, 4, 3 * GB // 2, 2 * GB)
     assert commands.machine_for_planning(Settings(hf_model_path="x", slice="v5p-128")).hosts == 16
     assert commands.machine_for_planning(Settings(hf_model_path="x", slice="v5e-1")).devices == 1
+
+
+def test_errors_together_are_tried_again_if_all_of_them_may_pass() -> None:
+    passing, lasting = ReadError("storage failed"), SlicecastError("never")
+    assert PlanErrors([passing, passing]).exit_code == ReadError.exit_code
+    assert PlanErrors([passing, lasting]).exit_code == SlicecastError.exit_code
