@@ -11,6 +11,7 @@ are sent beforehand, to signed addresses or through hf_xet. Only the token `hf_w
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -63,6 +64,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def __init__(self, state: State, *arguments: Any):
         self.state = state
         super().__init__(*arguments)
+
+    def handle(self) -> None:
+        """Serves until the client hangs up, or is killed."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing: the log is asked for."""

@@ -4,17 +4,19 @@ Bytes come through TensorStore, which repeats what a bucket answers with 429 or 
 interpreter. Listing goes through `etils.epath`, with which Orbax writes to buckets too; it takes gcsfs for `gs://`
 and s3fs for `s3://`.
 
-Both halves find credentials for S3 where AWS' own tools do: in `AWS_ACCESS_KEY_ID` and its companions, in the profile
-`AWS_PROFILE` of `~/.aws`, or from the machine's role. A public bucket needs none, if `FSSPEC_S3_ANON=true` tells s3fs
-so. TensorStore asks AWS for the region of a bucket. `AWS_ENDPOINT_URL` names another service that speaks S3, such as
-MinIO, R2 or Ceph; its buckets are addressed by paths, in the region `AWS_DEFAULT_REGION`.
+Both find credentials for S3 where AWS' own tools do: in `AWS_ACCESS_KEY_ID` and its companions, in the profile
+`AWS_PROFILE` of `~/.aws`, or from the machine's role. `FSSPEC_S3_ANON=true`, a setting of s3fs, stands for none: a
+public bucket. TensorStore asks AWS for the region of a bucket. `AWS_ENDPOINT_URL` names another service that speaks S3,
+such as MinIO, R2 or Ceph; there a bucket is a part of the path, and its region is `AWS_DEFAULT_REGION`.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Sequence
 from typing import Any
 
+import fsspec.config
 import tensorstore as ts
 from etils import epath
 
@@ -28,11 +30,16 @@ class Bucket:
     def __init__(self, path: str):
         self._path = path.rstrip("/")
         try:
-            self._store = ts.KvStore.open(_specification(f"{self._path}/")).result()
+            self._specification = _specification(f"{self._path}/")
         except ValueError as error:
-            raise UsageError(f"{path}: found {_cause(error)}, expected the URL of a path in a bucket.") from error
+            raise UsageError(f"{path}: found {error}, expected the URL of a path in a bucket.") from error
         self._generations: dict[str, bytes] = {}
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        """Opened for the first read: listing is better at saying that there are no credentials."""
+        return ts.KvStore.open(self._specification).result()
 
     @property
     def path(self) -> str:
@@ -80,23 +87,25 @@ class Bucket:
         scatter(memoryview(result.value), targets)
 
 
-def _specification(url: str) -> str | dict[str, Any]:
-    """What TensorStore opens a URL with. It reads nothing but credentials from AWS' variables."""
+def _specification(url: str) -> Any:
+    """What TensorStore opens a URL with. Of AWS' variables it reads only those of credentials."""
     if not url.startswith("s3://"):
-        return url
+        return ts.KvStore.Spec(url)
     bucket, _, path = url.removeprefix("s3://").partition("/")
     found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
-    # The names of AWS' tools, and their order.
+    # The names of AWS' tools, in their order.
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         found["endpoint"] = endpoint.rstrip("/")
         if region := os.environ.get("AWS_DEFAULT_REGION"):
             found["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in os.environ:
-        # What TensorStore would find anyhow, but it would complain first that there is no ~/.aws.
+    # TensorStore would come to the same in both cases, but complain first that there is no ~/.aws.
+    if fsspec.config.conf.get("s3", {}).get("anon"):
+        found["aws_credentials"] = {"type": "anonymous"}
+    elif "AWS_ACCESS_KEY_ID" in os.environ:
         found["aws_credentials"] = {"type": "environment"}
-    return found
+    return ts.KvStore.Spec(found)
 
 
 def _cause(error: Exception) -> str:
     """What TensorStore says without the response's body, in which S3 repeats a token that has expired."""
-    return str(error).partition(" [http_response_body=")[0]
+    return str(error).partition(" [http_response_")[0].rstrip(".")
