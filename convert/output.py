@@ -23,7 +23,7 @@ import tensorstore as ts
 from etils import epath
 
 from slicecast.convert import orbax_checkpoint
-from slicecast.convert.chunk_store import remove_tree, url
+from slicecast.convert.chunk_store import foreign_databases, remove_tree, url
 from slicecast.convert.errors import OutputError, UsageError
 
 LOG_DIRECTORY = "slicecast-log"
@@ -101,13 +101,13 @@ def begin(output: epath.Path, digest: str, *, overwrite: bool, ocdbt: bool) -> s
 
 
 def _cleared(output: epath.Path, digest: str, *, ocdbt: bool) -> bytes | None:
-    """Removes what is there, unless it is an unfinished checkpoint of this plan.
+    """Removes what is there, unless it is an unfinished checkpoint of this plan that can be finished.
 
     Returns:
         The generation of the file that says so; None if nothing was to be removed.
     """
     present, _ = _read(output)
-    if present is not None and present.digest == digest:
+    if present is not None and present.digest == digest and not _is_mixed(output, digest):
         return None
     output.mkdir(parents=True, exist_ok=True)
     if present is not None and not ocdbt:
@@ -125,6 +125,12 @@ def _cleared(output: epath.Path, digest: str, *, ocdbt: bool) -> bytes | None:
     return generation
 
 
+def _is_mixed(output: epath.Path, digest: str) -> bool:
+    """Whether a run of another plan, thought dead, has written into an unfinished checkpoint: it is never committed."""
+    step = orbax_checkpoint.unfinished_checkpoint(output)
+    return step is not None and any(foreign_databases(item, digest) for item in step.glob(f"{orbax_checkpoint.ITEM}*"))
+
+
 def _take(output: epath.Path, digest: str, cleared: bytes | None) -> str:
     """Writes who we are, over what `_cleared` has written, or over nothing, or over a run with the same plan."""
     run = Run(digest, _new_name(), platform.node(), time.time())
@@ -132,6 +138,11 @@ def _take(output: epath.Path, digest: str, cleared: bytes | None) -> str:
         return run.name
     while True:
         present, generation = _read(output)
+        if present is not None and not present.digest:
+            raise OutputError(
+                f"{output / _RUN_FILE}: what is there is being overwritten, or a run was killed that did so. Give "
+                "another --base_output_directory, or --overwrite."
+            )
         if present is not None and present.digest != digest:
             raise OutputError(
                 f"{output / _RUN_FILE}: an unfinished checkpoint of another source, with other flags, or of another "
