@@ -1,0 +1,1 @@
+"""What `scripts/fault_campaign.py` is made of."""
