@@ -25,7 +25,7 @@ import xxhash
 from etils import epath
 
 from slicecast.convert.box import Box, Shape
-from slicecast.convert.errors import StorageError
+from slicecast.convert.errors import StorageError, first_line
 
 PROCESS_PREFIX = "ocdbt.process_"
 
@@ -192,8 +192,7 @@ class ChunkWriter:
         self._arrays = arrays
         self._prefix = f"{PROCESS_PREFIX}{process}x{_mark(plan)}"
         self._context = _context()
-        in_bucket = url(directory).startswith("gs://")
-        self._pause = _BUCKET_SECONDS_BETWEEN_COMMITS if in_bucket and chunk_format.ocdbt else 0.0
+        self._pause = _BUCKET_SECONDS_BETWEEN_COMMITS if in_bucket(directory) and chunk_format.ocdbt else 0.0
         self.finished = finished_keys(directory, chunk_format, plan, self._context)
         # Those that no thread uses now. Each is committed to by one thread at a time, so that commits can be spaced.
         self._idle: queue.SimpleQueue[_Database] = queue.SimpleQueue()
@@ -220,10 +219,9 @@ class ChunkWriter:
         try:
             return asyncio.run(coroutine)
         except (OSError, RuntimeError, ValueError) as error:  # What TensorStore raises for a failure of storage.
-            cause = (str(error).splitlines() or [type(error).__name__])[0]
             raise StorageError(
-                f"{self._directory}: cannot be written: {cause}. Make space, or mend the storage, and run the same "
-                "command again: it goes on."
+                f"{self._directory}: cannot be written: {first_line(error)}. Make space, or mend the storage, and run "
+                "the same command again: it goes on."
             ) from error
 
     def _new_store(self) -> dict[str, Any] | str:
@@ -357,24 +355,29 @@ def missing_keys(directory: epath.Path, arrays: Iterable[ArraySpec], chunk_forma
     ]
 
 
+def in_bucket(directory: epath.Path) -> bool:
+    """Whether a path is one in a bucket, and not a directory."""
+    return "://" in str(directory)
+
+
 def url(directory: epath.Path) -> str:
     """What TensorStore calls a directory."""
     path = str(directory).rstrip("/")
-    return f"{path}/" if "://" in path else f"file://{path}/"
+    return f"{path}/" if in_bucket(directory) else f"file://{path}/"
 
 
-def write_file(directory: epath.Path, name: str, content: str) -> None:
-    """Writes a file or an object; it is there whole or not at all, whenever this is killed."""
-    ts.KvStore.open(url(directory)).result().write(name, content.encode()).result()
+def files(directory: epath.Path) -> ts.KvStore:
+    """The files of a directory, or the objects below a path in a bucket; each is there whole or not at all."""
+    return ts.KvStore.open(url(directory)).result()
 
 
 def remove_tree(directory: epath.Path) -> None:
     """Removes all that is in a directory or below a path in a bucket."""
-    if url(directory).startswith("file://"):
-        directory.rmtree(missing_ok=True)
-    else:
+    if in_bucket(directory):
         # gcsfs also removes the directories, which a bucket does not have, and fails.
-        ts.KvStore.open(url(directory)).result().delete_range(ts.KvStore.KeyRange()).result()
+        files(directory).delete_range(ts.KvStore.KeyRange()).result()
+    else:
+        directory.rmtree(missing_ok=True)
 
 
 def _keys(store: dict[str, Any] | str, context: ts.Context) -> frozenset[str]:

@@ -351,9 +351,9 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     _add_source_flags(parser)
-    parser.add_argument(
-        "--scan_layers", metavar="BOOL", type=_boolean, nargs="?", const=True, default=True,
-        help="stack the layers into one leaf, as MaxText does by default (default: true)",
+    _add_boolean(
+        parser, "--scan_layers", True,
+        "stack the layers into one leaf, as MaxText does by default (default: true)",
     )  # fmt: skip
     parser.add_argument(
         "--param_scan_axis", metavar="AXIS", type=int, choices=(0, 1), default=1,
@@ -364,13 +364,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="the dtype of the weights (default: bfloat16); a few small leaves are always float32, see docs/dtypes.md; "
         "float8_e4m3fn keeps FP8 weights and their scales as they are, for MaxText's *-fp8 models",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint_storage_use_ocdbt", metavar="BOOL", type=_boolean, nargs="?", const=True, default=True,
-        help="store chunks in a database (default: true); false, for Pathways, stores each as a file",
+    _add_boolean(
+        parser, "--checkpoint_storage_use_ocdbt", True,
+        "store chunks in a database (default: true); false, for Pathways, stores each as a file",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint_storage_use_zarr3", metavar="BOOL", type=_boolean, nargs="?", const=True, default=True,
-        help="store arrays as zarr3 (default: true); false is zarr 2, which has no checksums",
+    _add_boolean(
+        parser, "--checkpoint_storage_use_zarr3", True,
+        "store arrays as zarr3 (default: true); false is zarr 2, which has no checksums",
     )  # fmt: skip
     parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
     parser.add_argument(
@@ -382,13 +382,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--maxtext_version", metavar="VERSION",
         help="the MaxText release that will load the result (default: the newest known one)",
     )  # fmt: skip
-    parser.add_argument(
-        "--enable_mtp", metavar="BOOL", type=_boolean, nargs="?", const=True, default=False,
-        help="convert the layers for multi-token prediction too, for MaxText's mtp_num_layers",
+    _add_boolean(
+        parser, "--enable_mtp", False,
+        "convert the layers for multi-token prediction too, for MaxText's mtp_num_layers",
     )  # fmt: skip
-    parser.add_argument(
-        "--use_multimodal", metavar="BOOL", type=_boolean, nargs="?", const=True,
-        help="convert vision and audio encoders too, or not (default: as MaxText's model does)",
+    _add_boolean(
+        parser, "--use_multimodal", None,
+        "convert vision and audio encoders too, or not (default: as MaxText's model does)",
     )  # fmt: skip
     parser.add_argument(
         "--vocab_size", metavar="N", type=_count,
@@ -398,9 +398,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--ignore_extra", metavar="REGEX", type=_pattern,
         help="leave out tensors that the model has no place for, if REGEX matches their whole name",
     )  # fmt: skip
-    parser.add_argument(
-        "--override_model_config", metavar="BOOL", type=_boolean, nargs="?", const=True, default=False,
-        help="let the model's sizes differ from those that MaxText has for --model_name",
+    _add_boolean(
+        parser, "--override_model_config", False,
+        "let the model's sizes differ from those that MaxText has for --model_name",
     )  # fmt: skip
 
 
@@ -420,6 +420,11 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
         "--simulated_cpu_devices_count", metavar="N", type=_count,
         help="run on the CPU, as this many devices (default: the devices that JAX finds)",
     )  # fmt: skip
+
+
+def _add_boolean(parser: argparse.ArgumentParser, name: str, default: bool | None, help: str) -> None:
+    """A flag that is given alone, or with one of MaxText's spellings of a truth value."""
+    parser.add_argument(name, metavar="BOOL", type=_boolean, nargs="?", const=True, default=default, help=help)
 
 
 def _boolean(text: str) -> bool:

@@ -16,7 +16,7 @@ from etils import epath
 from rich.console import Console
 
 from slicecast.convert import hosts, orbax_checkpoint
-from slicecast.convert.chunk_store import ChunkFormat, ChunkReader, ChunkWriter, write_file
+from slicecast.convert.chunk_store import ChunkFormat, ChunkReader, ChunkWriter, files
 from slicecast.convert.commands import RECORDED, make_plan, this_machine
 from slicecast.convert.device import choose_implementation
 from slicecast.convert.errors import OutputError, StorageError, UsageError
@@ -211,7 +211,7 @@ class _Conversion:
                 # Not through Orbax, in which all processes would have to take part.
                 reader = ChunkReader(epath.Path(self.items), self._format)
                 found = summarize(self._plan, events, reader, self._specs, self._format)
-                write_file(self._output, SUMMARY_FILE, json.dumps(found, indent=1))
+                files(self._output).write(SUMMARY_FILE, json.dumps(found, indent=1)).result()
             release(self._output)
             return str(file)
         except Exception as error:  # Each backend of epath has its own.

@@ -4,7 +4,6 @@ No code of the codecs, of the kernels or of the reader is used, only what a code
 by one, partners are read whole and indexed by absolute rows and columns, and every value is one float32 expression.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -22,7 +21,7 @@ from slicecast.convert.codecs.joined import Joined, member_tensors
 from slicecast.convert.codecs.mlx import MlxAffine
 from slicecast.convert.codecs.plain import Integers, Plain
 from slicecast.convert.source.safetensors_header import TensorInfo
-from slicecast.convert.source.storage import ByteRange, Storage, open_storage
+from slicecast.convert.source.storage import ByteRange, Storage
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -48,11 +47,11 @@ _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def rows(directory: str, tensor: StoredTensor, start: int, stop: int) -> Array:
+def rows(storage: Storage, tensor: StoredTensor, start: int, stop: int) -> Array:
     """Some rows of a stored tensor: in the stored dtype if it is plain, else as float32, not yet rounded.
 
     Args:
-        directory: The checkpoint's directory.
+        storage: Where the checkpoint's files are.
         tensor: The tensor.
         start: The first index of its first axis.
         stop: One past the last.
@@ -64,43 +63,43 @@ def rows(directory: str, tensor: StoredTensor, start: int, stop: int) -> Array:
             case Constant():
                 return np.full((stop - start, *codec.columns), codec.value, np.float32)
             case Integers():
-                return _read_rows(directory, files[0], start, stop).astype(np.float32)
+                return _read_rows(storage, files[0], start, stop).astype(np.float32)
             case Plain():
-                values = _plain(directory, files[0], start, stop)
+                values = _plain(storage, files[0], start, stop)
                 within = tensor.parts[0].within
                 return values if within is None else values[:, slice(*within)]
             case Joined():
-                return _joined(directory, codec, tensor)[start:stop]
+                return _joined(storage, codec, tensor)[start:stop]
             case Grouped():
-                return _grouped(directory, codec, files, start, stop)
+                return _grouped(storage, codec, files, start, stop)
             case Gptq():
-                return _gptq(directory, codec, files, start, stop)
+                return _gptq(storage, codec, files, start, stop)
             case Awq():
-                return _awq(directory, codec, files, start, stop)
+                return _awq(storage, codec, files, start, stop)
             case BitsAndBytes4Bit():
-                return _bitsandbytes(directory, codec, files, start, stop)
+                return _bitsandbytes(storage, codec, files, start, stop)
             case MlxAffine():
-                return _mlx(directory, codec, files, start, stop)
+                return _mlx(storage, codec, files, start, stop)
     raise TypeError(f"verify does not know the codec {codec}")
 
 
-def int4_codes_and_scales(directory: str, tensor: StoredTensor, start: int, stop: int) -> tuple[Array, Array]:
+def int4_codes_and_scales(storage: Storage, tensor: StoredTensor, start: int, stop: int) -> tuple[Array, Array]:
     """The codes of some rows of a symmetric INT4 tensor, int8 `[rows, columns]`, and their scales `[rows, groups]`."""
     codec = tensor.codec
     assert isinstance(codec, Grouped), "the caller chose INT4 tensors"
     weight, scale = (part.tensor for part in tensor.parts)
-    codes: Array = _code_values(codec, _read_rows(directory, weight, start, stop)).astype(np.int8)
-    return codes, _read_rows(directory, scale, start, stop)
+    codes: Array = _code_values(codec, _read_rows(storage, weight, start, stop)).astype(np.int8)
+    return codes, _read_rows(storage, scale, start, stop)
 
 
-def _plain(directory: str, file: TensorInfo, start: int, stop: int) -> Array:
+def _plain(storage: Storage, file: TensorInfo, start: int, stop: int) -> Array:
     there = min(stop, file.shape[0])
     zeros = np.zeros((stop - max(start, there), *_shape(file)[1:]), _DTYPES[file.dtype])
-    return zeros if start >= there else np.concatenate([_read_rows(directory, file, start, there), zeros])
+    return zeros if start >= there else np.concatenate([_read_rows(storage, file, start, there), zeros])
 
 
-def _joined(directory: str, codec: Joined, tensor: StoredTensor) -> Array:
-    values = [rows(directory, member, 0, member.shape[0]) for member in member_tensors(tensor)]
+def _joined(storage: Storage, codec: Joined, tensor: StoredTensor) -> Array:
+    values = [rows(storage, member, 0, member.shape[0]) for member in member_tensors(tensor)]
     turns: list[Array] = []
     for turn in range(codec.groups):
         for member, start, stop in codec.takes:
@@ -109,12 +108,12 @@ def _joined(directory: str, codec: Joined, tensor: StoredTensor) -> Array:
     return np.concatenate(turns)
 
 
-def _grouped(directory: str, codec: Grouped, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
+def _grouped(storage: Storage, codec: Grouped, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
     weight, scale, *others = files
-    values = _code_values(codec, _read_rows(directory, weight, start, stop))
-    factors = _scale_values(codec, scale, _read(directory, scale))
+    values = _code_values(codec, _read_rows(storage, weight, start, stop))
+    factors = _scale_values(codec, scale, _read(storage, scale))
     if codec.global_scale is not None:
-        last = _read(directory, others.pop()).reshape(())
+        last = _read(storage, others.pop()).reshape(())
         factors = factors * last if codec.global_scale == "multiply" else factors / last
     stacked = values.ndim == 3
     # As a stack of matrices [matrices, scale rows, groups], of which the wanted ones are taken.
@@ -124,10 +123,10 @@ def _grouped(directory: str, codec: Grouped, files: Sequence[TensorInfo], start:
     index = np.ix_(np.arange(len(factors)), out // codec.rows_per_scale, np.arange(codec.columns) // codec.group_size)
     values = values.reshape(len(factors), len(out), codec.columns)
     if codec.zero == "bytes":
-        zero = _read(directory, others[0]).reshape(-1, scale_rows, codec.groups)
+        zero = _read(storage, others[0]).reshape(-1, scale_rows, codec.groups)
         values = values - zero[start if stacked else 0 : stop if stacked else 1][index].astype(np.float32)
     elif codec.zero is not None:
-        words = _read(directory, others[0])
+        words = _read(storage, others[0])
         zero = _codes(words.T, codec.out, codec.zero.bits, dense=codec.zero.dense).T - np.float32(codec.zero.offset)
         values = values - zero[np.newaxis][index]
     result: Array = values * factors[index]
@@ -163,8 +162,8 @@ def _scale_values(codec: Grouped, scale: TensorInfo, stored: Array) -> Array:
     return np.where(exponents == 255, np.float32(np.nan), powers).astype(np.float32)
 
 
-def _gptq(directory: str, codec: Gptq, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
-    words, packed_zero, scale, *order = (_read(directory, file) for file in files)
+def _gptq(storage: Storage, codec: Gptq, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
+    words, packed_zero, scale, *order = (_read(storage, file) for file in files)
     codes = _codes(words[:, start:stop].T, codec.columns, codec.bits)
     zero = _codes(packed_zero, scale.shape[1], codec.bits)[:, start:stop]
     if codec.stored_less_one:
@@ -173,8 +172,8 @@ def _gptq(directory: str, codec: Gptq, files: Sequence[TensorInfo], start: int, 
     return (codes - zero[group].T) * scale.astype(np.float32)[group, start:stop].T
 
 
-def _awq(directory: str, codec: Awq, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
-    words, packed_zero, scale = (_read(directory, file) for file in files)
+def _awq(storage: Storage, codec: Awq, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
+    words, packed_zero, scale = (_read(storage, file) for file in files)
     first = start // 8
     some_words = words[:, first : -(-stop // 8)]
 
@@ -190,8 +189,10 @@ def _awq(directory: str, codec: Awq, files: Sequence[TensorInfo], start: int, st
     return ((codes - zero[group]) * scale.astype(np.float32)[group, start:stop]).T
 
 
-def _bitsandbytes(directory: str, codec: BitsAndBytes4Bit, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
-    data, absmax, quant_map, state, *nested = (_read(directory, file) for file in files)
+def _bitsandbytes(
+    storage: Storage, codec: BitsAndBytes4Bit, files: Sequence[TensorInfo], start: int, stop: int
+) -> Array:
+    data, absmax, quant_map, state, *nested = (_read(storage, file) for file in files)
     flat = np.stack([data.ravel() // 16, data.ravel() % 16], axis=-1).ravel()
     if codec.nested:
         offset = np.float32(json.loads(state.tobytes())["nested_offset"])
@@ -201,8 +202,8 @@ def _bitsandbytes(directory: str, codec: BitsAndBytes4Bit, files: Sequence[Tenso
     return values.reshape(-1, codec.shape[1])
 
 
-def _mlx(directory: str, codec: MlxAffine, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
-    words, scale, bias = (_read_rows(directory, file, start, stop) for file in files)
+def _mlx(storage: Storage, codec: MlxAffine, files: Sequence[TensorInfo], start: int, stop: int) -> Array:
+    words, scale, bias = (_read_rows(storage, file, start, stop) for file in files)
     group = np.arange(codec.columns) // codec.group_size
     scaled = _codes(words, codec.columns, codec.bits) * scale.astype(np.float32)[:, group]
     return scaled + bias.astype(np.float32)[:, group]
@@ -220,28 +221,22 @@ def _codes(words: Array, count: int, bits: int, *, dense: bool = True) -> Array:
     return codes
 
 
-def _read(directory: str, tensor: TensorInfo) -> Array:
+def _read(storage: Storage, tensor: TensorInfo) -> Array:
     """A whole tensor."""
-    return _read_bytes(directory, tensor, 0, tensor.nbytes).reshape(_shape(tensor))
+    return _read_bytes(storage, tensor, 0, tensor.nbytes).reshape(_shape(tensor))
 
 
-def _read_rows(directory: str, tensor: TensorInfo, start: int, stop: int) -> Array:
+def _read_rows(storage: Storage, tensor: TensorInfo, start: int, stop: int) -> Array:
     """The indices `start` to `stop` of a tensor's first axis."""
     row = tensor.nbytes // max(tensor.shape[0], 1)
-    return _read_bytes(directory, tensor, start * row, stop * row).reshape((stop - start, *_shape(tensor)[1:]))
+    return _read_bytes(storage, tensor, start * row, stop * row).reshape((stop - start, *_shape(tensor)[1:]))
 
 
-def _read_bytes(directory: str, tensor: TensorInfo, start: int, stop: int) -> Array:
+def _read_bytes(storage: Storage, tensor: TensorInfo, start: int, stop: int) -> Array:
     data = np.empty(stop - start, np.uint8)
     if len(data):
-        _storage(directory).read(ByteRange(tensor.file, tensor.offset + start, len(data)), [data.data])
+        storage.read(ByteRange(tensor.file, tensor.offset + start, len(data)), [data.data])
     return data.view(_DTYPES[tensor.dtype])
-
-
-# The checkpoint that is verified, and one for tests that look at two.
-@functools.lru_cache(maxsize=2)
-def _storage(path: str) -> Storage:
-    return open_storage(path)
 
 
 def _shape(tensor: TensorInfo) -> tuple[int, ...]:

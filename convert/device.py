@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.codecs.base import Codec, Kernel
+from slicecast.convert.errors import first_line
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import Computing, Op, Slice, Transpose
 from slicecast.convert.memory import chips_used, row_shares
@@ -124,7 +125,7 @@ def choose_implementation(device: jax.Device, kernels: Iterable[Kernel]) -> tupl
             found = "gives other values than its definition"
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             # A kernel may also be refused while it is lowered, before there is a program.
-            found = f"does not run ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            found = f"does not run ({first_line(error)})"
         return "xla", f"the kernel '{kernel}' {found} on {device.device_kind}; the slower XLA program is used instead"
     return "auto", None
 

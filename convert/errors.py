@@ -115,6 +115,11 @@ class VerificationError(SlicecastError):
     """The checkpoint's values, shapes or dtypes differ from what the source gives."""
 
 
+def first_line(error: BaseException | str) -> str:
+    """The first line of what an error of a library says; what it is, if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class PlanErrors(SlicecastError):  # noqa: N818  It holds several errors.
     """All errors that planning found, each on its own."""
 

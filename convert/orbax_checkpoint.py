@@ -37,10 +37,11 @@ from slicecast.convert.chunk_store import (
     ChunkReader,
     ChunkWriter,
     foreign_databases,
+    in_bucket,
     missing_keys,
     remove_tree,
 )
-from slicecast.convert.errors import IncompleteError, OutputError, SlicecastError, StorageError
+from slicecast.convert.errors import IncompleteError, OutputError, SlicecastError, StorageError, first_line
 
 STEP = "0"
 ITEM = "items"
@@ -133,7 +134,7 @@ def _continuing(
     """
     base = (
         ocp_path.atomicity.CommitFileTemporaryPath
-        if _in_bucket(output)
+        if in_bucket(output)
         else ocp_path.atomicity.AtomicRenameTemporaryPath
     )
 
@@ -172,14 +173,10 @@ def _continuing(
     return Continuing
 
 
-def _in_bucket(output: epath.Path) -> bool:
-    return "://" in str(output)
-
-
 def finished_checkpoint(output: epath.Path) -> epath.Path | None:
     """The directory of the finished checkpoint in an output directory, if there is one."""
     step = output / STEP
-    finished = (step / _COMMIT_FILE).exists() if _in_bucket(output) else step.exists()
+    finished = (step / _COMMIT_FILE).exists() if in_bucket(output) else step.exists()
     return step if finished else None
 
 
@@ -189,7 +186,7 @@ def unfinished_checkpoint(output: epath.Path) -> epath.Path | None:
 
 
 def _unfinished(output: epath.Path) -> list[epath.Path]:
-    if _in_bucket(output):
+    if in_bucket(output):
         step = output / STEP
         return [step] if step.exists() and finished_checkpoint(output) is None else []
     return list(output.glob(f"{STEP}.orbax-checkpoint-tmp*"))
@@ -208,7 +205,7 @@ def remove(output: epath.Path) -> None:
     if finished is None:
         return
     # First it is made an unfinished one, so that what is left of it after a kill never looks whole.
-    if _in_bucket(output):
+    if in_bucket(output):
         (finished / _COMMIT_FILE).unlink()
     else:
         finished = finished.rename(output / f"{STEP}.orbax-checkpoint-tmp-removed")
@@ -310,10 +307,9 @@ def save(
     except SlicecastError:
         raise
     except Exception as error:  # Each backend of epath has its own, and Orbax those of its barriers.
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise StorageError(
-            f"{output}: the checkpoint could not be finished, because storage or another process failed: {cause}. Run "
-            "the same command again: it goes on."
+            f"{output}: the checkpoint could not be finished, because storage or another process failed: "
+            f"{first_line(error)}. Run the same command again: it goes on."
         ) from error
 
 
@@ -354,8 +350,7 @@ def open_arrays(output: epath.Path) -> dict[str, ts.TensorStore]:
         with ocp.Checkpointer(handler) as checkpointer:
             tree = checkpointer.restore(step / ITEM, args=ocp.args.PyTreeRestore())
     except (OSError, KeyError, TypeError, ValueError) as error:  # What Orbax and TensorStore raise for damaged files.
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OutputError(f"{step}: the checkpoint is damaged and cannot be opened: {cause}") from error
+        raise OutputError(f"{step}: the checkpoint is damaged and cannot be opened: {first_line(error)}") from error
     return _flatten(tree)
 
 

@@ -19,12 +19,11 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 
-import tensorstore as ts
 from etils import epath
 
 from slicecast.convert import orbax_checkpoint
-from slicecast.convert.chunk_store import foreign_databases, remove_tree, url
-from slicecast.convert.errors import OutputError, UsageError
+from slicecast.convert.chunk_store import files, foreign_databases, remove_tree
+from slicecast.convert.errors import OutputError, UsageError, first_line
 
 LOG_DIRECTORY = "slicecast-log"
 SUMMARY_FILE = "slicecast-summary.json"
@@ -96,7 +95,7 @@ def begin(output: epath.Path, digest: str, *, overwrite: bool, ocdbt: bool) -> s
     except OutputError:
         raise
     except Exception as error:  # Each backend of epath, and TensorStore, has errors of its own.
-        cause = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        cause = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"{output}: cannot be written ({cause}). Give another directory.") from error
 
 
@@ -118,7 +117,7 @@ def _cleared(output: epath.Path, digest: str, *, ocdbt: bool) -> bytes | None:
         )
     # A run that lives is stopped by this, and one that was killed leaves an output that is refused until it is cleared.
     clearing = _encode(Run("", _new_name(), platform.node(), time.time()))
-    generation: bytes = _store(output).write(_RUN_FILE, clearing).result().generation
+    generation: bytes = files(output).write(_RUN_FILE, clearing).result().generation
     orbax_checkpoint.remove(output)
     remove_tree(output / LOG_DIRECTORY)
     (output / SUMMARY_FILE).unlink(missing_ok=True)
@@ -155,22 +154,18 @@ def _take(output: epath.Path, digest: str, cleared: bytes | None) -> str:
 
 def _wrote(output: epath.Path, run: Run, generation: bytes) -> bool:
     """Writes who we are, unless somebody else has written since this generation; whether it was written."""
-    return bool(_store(output).write(_RUN_FILE, _encode(run), if_equal=generation).result().generation)
+    return bool(files(output).write(_RUN_FILE, _encode(run), if_equal=generation).result().generation)
 
 
 def _read(output: epath.Path) -> tuple[Run | None, bytes]:
     """The run that has the output, and the generation of the file that says so."""
-    found = _store(output).read(_RUN_FILE).result()
+    found = files(output).read(_RUN_FILE).result()
     if found.state != "value":
         return None, found.stamp.generation
     try:
         return Run(**json.loads(found.value)), found.stamp.generation
     except (ValueError, TypeError):
         return Run("", "", "", 0.0), found.stamp.generation
-
-
-def _store(output: epath.Path) -> ts.KvStore:
-    return ts.KvStore.open(url(output)).result()
 
 
 def _encode(run: Run) -> bytes:
@@ -221,4 +216,4 @@ class Ownership:
 
 def release(output: epath.Path) -> None:
     """Makes the output nobody's, once the checkpoint is finished."""
-    _store(output).write(_RUN_FILE, None).result()
+    files(output).write(_RUN_FILE, None).result()

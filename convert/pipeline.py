@@ -174,7 +174,7 @@ class Pipeline:
                     self._check()
                     with stopwatch.measure("write"):
                         digests = writer.write(blocks)
-                    del blocks
+                    del blocks  # Before their memory is given to others.
             self._report(WaveReport(number, wave.out_bytes, left.in_bytes, left.out_bytes, stopwatch.seconds, digests))
 
     def _convert(self, work: WorkBox, stopwatch: Stopwatch) -> Block:

@@ -25,6 +25,7 @@ from slicecast.convert.codecs.grouped import Grouped
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import Computing
 from slicecast.convert.plan import Plan, PlannedLeaf, WorkBox
+from slicecast.convert.source.storage import Storage
 from slicecast.convert.verify import Difference
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -118,15 +119,15 @@ def _compare_box(plan: Plan, arrays: Mapping[str, ts.TensorStore], work: WorkBox
     for coordinate in leaf.coordinates(work.box):
         tensor = planned.sources[coordinate]
         rows = verify.layout(back, values[leaf.element_index(work.box, coordinate)].reshape(element.shape))
-        of_tensor, alike, problem = _compare_rows(plan.checkpoint.path, tensor, rows, start, stop)
+        of_tensor, alike, problem = _compare_rows(plan.checkpoint.storage, tensor, rows, start, stop)
         groups, ambiguous = groups + of_tensor, ambiguous + alike
         if problem:
             return groups, ambiguous, problem
     return groups, ambiguous, ""
 
 
-def _compare_rows(directory: str, tensor: StoredTensor, rows: Array, start: int, stop: int) -> tuple[int, int, str]:
-    codes, scale = definition.int4_codes_and_scales(directory, tensor, start, stop)
+def _compare_rows(storage: Storage, tensor: StoredTensor, rows: Array, start: int, stop: int) -> tuple[int, int, str]:
+    codes, scale = definition.int4_codes_and_scales(storage, tensor, start, stop)
     group_size = codes.shape[1] // scale.shape[1]
     grouped = np.ascontiguousarray(rows).reshape(-1, group_size)
     wanted_codes, wanted_scale = codes.reshape(-1, group_size), scale.reshape(-1)

@@ -100,9 +100,9 @@ class LogReader:
         """The events that were written since the last call; those of one run, if it is named."""
         if not self._directory.exists():
             return
-        for file in sorted(self._directory.iterdir(), key=lambda file: _order(file.name)):
-            matched = _PART.fullmatch(file.name)
-            if matched is None or file.name in self._read or run not in (None, matched[1]):
+        found = [(matched, file) for file in self._directory.iterdir() if (matched := _PART.fullmatch(file.name))]
+        for matched, file in sorted(found, key=lambda part: (part[0][1], int(part[0][2]), int(part[0][3]))):
+            if file.name in self._read or run not in (None, matched[1]):
                 continue
             self._read.add(file.name)
             for line in file.read_text().splitlines():
@@ -110,8 +110,3 @@ class LogReader:
                     yield json.loads(line)
                 except json.JSONDecodeError:
                     break  # On a disk, a part that its writer was killed in ends anywhere.
-
-
-def _order(name: str) -> tuple[str, int, int]:
-    matched = _PART.fullmatch(name)
-    return (matched[1], int(matched[2]), int(matched[3])) if matched else ("", 0, 0)

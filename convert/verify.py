@@ -144,7 +144,7 @@ def _expected(plan: Plan, planned: PlannedLeaf, box: Box) -> Array:
     start, stop = source_rows(leaf.rule.ops, leaf.rule.shape, element)
     values = np.empty(box.shape, np.dtype(leaf.dtype))
     for coordinate in leaf.coordinates(box):
-        rows = definition.rows(plan.checkpoint.path, planned.sources[coordinate], start, stop)
+        rows = definition.rows(plan.checkpoint.storage, planned.sources[coordinate], start, stop)
         values[leaf.element_index(box, coordinate)] = (
             layout(leaf.rule.ops, rows).reshape(element.shape).astype(leaf.dtype)
         )

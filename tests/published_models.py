@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slicecast.convert.source.checkpoint import Checkpoint
+from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.safetensors_header import DTYPE_BITS, TensorInfo
 
 _FOLDER = Path(__file__).parent / "data" / "models"
@@ -82,7 +83,8 @@ def checkpoint(name: str, file_bytes: int = FILE_BYTES) -> Checkpoint:
             infos[tensor] = TensorInfo(tensor, file, dtype, shape, offset, _nbytes(dtype, shape))
             offset += infos[tensor].nbytes
         sizes[file] = offset
-    return Checkpoint(f"published/{name}", model.config, {tensor: infos[tensor] for tensor in sorted(infos)}, sizes)
+    tensors = {tensor: infos[tensor] for tensor in sorted(infos)}
+    return Checkpoint(Directory(f"published/{name}"), model.config, tensors, sizes)
 
 
 def _expand(pattern: str, ranges: list[str]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from slicecast.convert import definition
 from slicecast.convert.codecs import detect, quantization_config
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.source.checkpoint import open_checkpoint
+from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.reader import Reader
 from slicecast.kernels.implementation import Implementation
 
@@ -106,4 +107,4 @@ def decode(
 def expected(directory: Path, name: str, shape: tuple[int, ...], *, rows: tuple[int, int] | None = None) -> np.ndarray:
     """The same through the definitions that `verify` uses, not yet rounded: in the stored dtype, or float32."""
     start, stop = rows or (0, shape[0])
-    return definition.rows(str(directory), find(directory, name, shape), start, stop)
+    return definition.rows(Directory(str(directory)), find(directory, name, shape), start, stop)

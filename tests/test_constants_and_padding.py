@@ -25,6 +25,7 @@ from slicecast.convert.mapping.rules import Model, ModelOptions, Rule
 from slicecast.convert.mapping.target import ROOT, Layout
 from slicecast.convert.memory import GB, Machine
 from slicecast.convert.source.checkpoint import open_checkpoint
+from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.safetensors_header import TensorInfo
 
 Array = np.ndarray[Any, Any]
@@ -62,7 +63,7 @@ def test_constants(shape: tuple[int, ...], start: int, stop: int, dtype: str) ->
     found = decoded(tensor, prepared, dtype)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, wanted.astype(dtype))
-    of_definition = definition.rows("/nowhere", tensor, start, stop)
+    of_definition = definition.rows(Directory("/nowhere"), tensor, start, stop)
     assert of_definition.dtype == np.float32
     np.testing.assert_array_equal(of_definition, wanted)
 
@@ -118,7 +119,7 @@ def test_rows_of_zeros(table: tuple[Path, Array], start: int, stop: int) -> None
     assert [array.nbytes for array in prepared] == [tensor.prepared_bytes(stop - start)]
     found = decoded(tensor, prepared, "bfloat16")
     assert found.tobytes() == wanted.tobytes()
-    of_definition = definition.rows(str(directory), tensor, start, stop)
+    of_definition = definition.rows(Directory(str(directory)), tensor, start, stop)
     assert (of_definition.dtype, of_definition.tobytes()) == (wanted.dtype, wanted.tobytes())
     # Only what is there is read.
     assert tensor.read_bytes(start, stop) == max(min(stop, STORED) - start, 0) * COLUMNS * 2
@@ -131,7 +132,7 @@ def test_rows_that_are_left_out(table: tuple[Path, Array], start: int, stop: int
     assert tensor.shape == (9, COLUMNS)
     found = decoded(tensor, stored.prepare(directory, tensor, start, stop), "bfloat16")
     assert found.tobytes() == values[start:stop].tobytes()
-    assert definition.rows(str(directory), tensor, start, stop).tobytes() == values[start:stop].tobytes()
+    assert definition.rows(Directory(str(directory)), tensor, start, stop).tobytes() == values[start:stop].tobytes()
     assert tensor.read_bytes(start, stop) == (stop - start) * COLUMNS * 2
 
 
@@ -268,7 +269,10 @@ def test_whole_numbers_are_exact(numbers: Any, dtype: str, stored_as: Any, start
     assert isinstance(tensor.codec, plain.Integers)
     prepared = stored.prepare(directory, tensor, start, stop)
     assert sum(array.nbytes for array in prepared) == tensor.prepared_bytes(stop - start)
-    for found in (decoded(tensor, prepared, "float32"), definition.rows(str(directory), tensor, start, stop)):
+    for found in (
+        decoded(tensor, prepared, "float32"),
+        definition.rows(Directory(str(directory)), tensor, start, stop),
+    ):
         assert found.dtype == np.float32
         assert found.astype(np.int64).tolist() == values[start:stop].tolist()
 

@@ -33,6 +33,7 @@ from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import InterleaveHalves, Offset, Op, Scale, Slice, Split, Stride, Transpose
 from slicecast.convert.mapping.rules import ModelOptions
 from slicecast.convert.memory import chips_used
+from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.safetensors_header import TensorInfo
 
 Array = npt.NDArray[Any]
@@ -170,7 +171,7 @@ def independent(tensor: StoredTensor, step: Step, parts: Sequence[Array]) -> Arr
                 for part, info in zip(parts, tensor.parts, strict=True):
                     file.seek(info.tensor.offset)
                     file.write(part[i].tobytes())
-            x = definition.rows(directory, tensor, start, stop)
+            x = definition.rows(Directory(directory), tensor, start, stop)
         values.append(verify.layout(step.ops, x).reshape(step.element).astype(step.dtype))
     return np.stack(values)
 
@@ -266,7 +267,7 @@ def prepared(directory: Path, name: str, batch: int, rows: tuple[int, int], chai
     wanted = []
     for tensor in found:
         with np.errstate(all="ignore"):
-            values = verify.layout(chain, definition.rows(str(directory), tensor, *rows))
+            values = verify.layout(chain, definition.rows(Directory(str(directory)), tensor, *rows))
             wanted.append(values.reshape(element.shape).astype(ml_dtypes.bfloat16))
     return step, [np.stack(of_tensors) for of_tensors in zip(*arrays, strict=True)], np.stack(wanted)
 

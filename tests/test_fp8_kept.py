@@ -22,6 +22,7 @@ from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Slice, Sp
 from slicecast.convert.mapping.rules import Model, Rule, stacked
 from slicecast.convert.mapping.target import FP8, ROOT, Layout, Leaf, leaves
 from slicecast.convert.source.checkpoint import open_checkpoint
+from slicecast.convert.source.directory import Directory
 
 Array = np.ndarray[Any, Any]
 Stored = dict[str, tuple[str, Array]]
@@ -245,8 +246,8 @@ def test_scales_of_all_dtypes(make: Make, scale: str) -> None:
     assert found is not None
     assert [(each.dtype, each.shape) for each, _ in found] == [(FP8, (24, 16)), ("float32", (3, 2))]
     codes, scales = (sources[()] for _, sources in found)
-    whole = definition.rows(str(made.directory), made.tensor, 0, 16)
-    parts = [definition.rows(str(made.directory), tensor, 0, tensor.shape[0]) for tensor in (codes, scales)]
+    whole = definition.rows(Directory(str(made.directory)), made.tensor, 0, 16)
+    parts = [definition.rows(Directory(str(made.directory)), tensor, 0, tensor.shape[0]) for tensor in (codes, scales)]
     assert parts[0].dtype == E4M3
     spread = parts[1].astype(np.float32).repeat(BLOCK, 0).repeat(BLOCK, 1)
     np.testing.assert_array_equal(parts[0].astype(np.float32) * spread, whole)
@@ -398,4 +399,4 @@ def test_scales_of_joined_tensors(make: Make) -> None:
     assert found is not None
     (scales,) = found[1][1].values()
     assert scales.shape == (6, 3)
-    assert_same_bits(definition.rows(str(made.directory), scales, 0, 6), made.scales[[4, 0, 1, 5, 2, 3]])
+    assert_same_bits(definition.rows(Directory(str(made.directory)), scales, 0, 6), made.scales[[4, 0, 1, 5, 2, 3]])

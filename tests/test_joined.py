@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from slicecast.convert import definition
 from slicecast.convert.codecs import joined
 from slicecast.convert.codecs.base import StoredTensor
+from slicecast.convert.source.directory import Directory
 
 Array = np.ndarray[Any, Any]
 Takes = tuple[tuple[int, int, int], ...]
@@ -109,7 +110,7 @@ def check(
             np.testing.assert_array_equal(found.T if turned else found, wanted.astype(dtype))
     rows = len(wanted)
     for start, stop in ((0, rows), (0, 1), (rows - 1, rows), (rows // 3, rows // 3 + 2)):
-        found = definition.rows(str(directory), tensor, start, stop)
+        found = definition.rows(Directory(str(directory)), tensor, start, stop)
         np.testing.assert_array_equal(found.astype(np.float32), wanted[start:stop])
 
 

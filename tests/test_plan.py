@@ -45,6 +45,7 @@ from slicecast.convert.memory import (
 )
 from slicecast.convert.plan import Plan
 from slicecast.convert.source.checkpoint import Checkpoint
+from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.safetensors_header import TensorInfo
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_checkpoint.py"
@@ -77,7 +78,7 @@ def make_source(family: str, *, true_sizes: bool = False, files: int = 3, **size
             tensors[tensor.name] = TensorInfo(tensor.name, file, tensor.dtype, tensor.shape, offset, tensor.nbytes)
             offset += tensor.nbytes
         file_sizes[file] = offset
-    return Checkpoint("/models/here", config, dict(sorted(tensors.items())), file_sizes)
+    return Checkpoint(Directory("/models/here"), config, dict(sorted(tensors.items())), file_sizes)
 
 
 def make_plan(
@@ -422,7 +423,7 @@ def test_the_digest_is_that_of_what_is_written() -> None:
         for devices, device_bytes in ((1, None), (8, None), (4, GB), (4, 10 * GB)):
             for budget in (1, 4, 100):
                 digests.add(make_plan(source, Machine(hosts, devices, budget * GB, device_bytes)).digest)
-    digests.add(make_plan(replace(source, path="/elsewhere")).digest)
+    digests.add(make_plan(replace(source, storage=Directory("/elsewhere"))).digest)
     backwards = dict(reversed(list(source.tensors.items())))
     digests.add(make_plan(replace(source, tensors=backwards)).digest)
     assert len(digests) == 1

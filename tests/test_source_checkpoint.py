@@ -30,6 +30,7 @@ from slicecast.convert.errors import (
     UsageError,
 )
 from slicecast.convert.source.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.reader import Reader, Span
 
 INDEX = "model.safetensors.index.json"
@@ -360,7 +361,7 @@ def test_fingerprint_depends_on_nothing_else(tmp_path: Path) -> None:
     checkpoint = replace(open_checkpoint(str(tmp_path)), config={"a": 1, "b": {"c": 2, "d": 3}})
     other = replace(
         checkpoint,
-        path="elsewhere",
+        storage=Directory("elsewhere"),
         config={"b": {"d": 3, "c": 2}, "a": 1},
         tensors=dict(reversed(list(checkpoint.tensors.items()))),
         file_sizes=dict(reversed(list(checkpoint.file_sizes.items()))),

@@ -20,6 +20,7 @@ from slicecast.convert.mapping.resolve import Ignored, ResolvedLeaf
 from slicecast.convert.mapping.rules import Ignore, Model, Rule, stacked
 from slicecast.convert.mapping.target import Layout
 from slicecast.convert.source.checkpoint import open_checkpoint
+from slicecast.convert.source.directory import Directory
 
 Array = np.ndarray[Any, Any]
 Stored = dict[str, tuple[str, Array]]
@@ -254,6 +255,6 @@ def test_half_of_each_expert_is_read_alone(tmp_path: Path, half: int, start: int
         assert tensor.read_bytes(start, stop) == wanted.nbytes
         (found,) = stored.prepare(directory, tensor, start, stop)
         assert tensor.prepared_bytes(stop - start) == found.nbytes
-        for values in (found, definition.rows(str(directory), tensor, start, stop)):
+        for values in (found, definition.rows(Directory(str(directory)), tensor, start, stop)):
             assert (values.dtype, values.shape) == (wanted.dtype, wanted.shape)
             assert values.tobytes() == np.ascontiguousarray(wanted).tobytes()

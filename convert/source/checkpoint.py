@@ -1,6 +1,5 @@
 """Opens a checkpoint: its config, and where each tensor's bytes lie. Reads headers, and nothing of the data."""
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,23 +50,23 @@ class Checkpoint:
     """A checkpoint as its headers describe it.
 
     Attributes:
-      path: the directory, or another name that finds the same files again.
+      storage: where the files are.
       config: the content of `config.json`.
       tensors: every tensor of the checkpoint by name, sorted by name.
       file_sizes: length in bytes of every file that holds tensors, by file name.
       side_configs: the contents of those files among `SIDE_CONFIGS` that exist, by file name.
     """
 
-    path: str
+    storage: Storage
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     file_sizes: Mapping[str, int]
     side_configs: Mapping[str, Any] = field(default_factory=dict)
 
-    @functools.cached_property
-    def storage(self) -> Storage:
-        """Where the files are."""
-        return open_storage(self.path)
+    @property
+    def path(self) -> str:
+        """The directory, or another name that finds the same files again."""
+        return self.storage.path
 
     @property
     def total_bytes(self) -> int:
@@ -141,7 +140,7 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     if errors:
         raise PlanErrors(errors)
     by_name = {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.name)}
-    return Checkpoint(storage.path, configs.pop(CONFIG), by_name, file_sizes, configs)
+    return Checkpoint(storage, configs.pop(CONFIG), by_name, file_sizes, configs)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]  # Documented, not re-exported.
 from tenacity import retry, retry_if_exception, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
-from slicecast.convert.errors import SlicecastError
+from slicecast.convert.errors import SlicecastError, first_line
 
 # Seconds without a byte after which a request is repeated; a range of 16 MB takes a second where the network is busy.
 TIMEOUT_SECONDS = 60
@@ -38,8 +38,7 @@ until_answered = retry(
 
 def without_query(error: BaseException | str) -> str:
     """The first line of an error, without the signatures that addresses carry."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return " ".join(word.partition("?")[0] if "://" in word else word for word in first.split())
+    return " ".join(word.partition("?")[0] if "://" in word else word for word in first_line(error).split())
 
 
 # For connections that are not made or break off. Not for what a server has answered.

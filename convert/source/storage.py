@@ -10,7 +10,7 @@ All are read by byte ranges; nothing is copied to a local disk.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,32 +75,31 @@ def open_storage(path: str, revision: str | None = None) -> Storage:
       UsageError: it stands for nothing that can be read, or a revision is given elsewhere.
       MissingFileError, ReadError: it is not there, or not for this user.
     """
-    # Here, so that a conversion from a directory does not load what only others need.
-    from slicecast.convert.source.bucket import Bucket
-    from slicecast.convert.source.directory import Directory
-    from slicecast.convert.source.hub import Repository
-    from slicecast.convert.source.web import WebDirectory
-
+    # Modules are imported here, so that a conversion from a directory does not load what only others need.
     scheme, separator, rest = path.partition("://")
-    kinds: dict[str, Callable[[str], Storage]] = {
-        "gs": Bucket,
-        "s3": Bucket,
-        "http": WebDirectory,
-        "https": WebDirectory,
-        "file": Directory,
-    }
-    if scheme == "hf" and separator:
+    if not separator:
+        is_repository = not os.path.exists(path) and _REPOSITORY.fullmatch(path)
+        scheme, rest = ("hf" if is_repository else "file"), path
+    if scheme == "hf":
+        from slicecast.convert.source.hub import Repository
+
         name, _, commit = rest.rstrip("/").partition("@")
         return Repository(name, revision or commit or None)
-    if not separator and not os.path.exists(path) and _REPOSITORY.fullmatch(path):
-        return Repository(path, revision)
     if revision is not None:
         raise UsageError(f"--revision={revision}: {path} is no repository of the Hugging Face Hub; only those have it.")
-    if not separator:
+    if scheme == "file":
+        from slicecast.convert.source.directory import Directory
+
         return Directory(path)
-    if scheme not in kinds:
-        raise UsageError(f"{path}: '{scheme}://' cannot be read; a directory, gs://, s3://, https:// and hf:// can.")
-    return kinds[scheme](path)
+    if scheme in ("gs", "s3"):
+        from slicecast.convert.source.bucket import Bucket
+
+        return Bucket(path)
+    if scheme in ("http", "https"):
+        from slicecast.convert.source.web import WebDirectory
+
+        return WebDirectory(path)
+    raise UsageError(f"{path}: '{scheme}://' cannot be read; a directory, gs://, s3://, https:// and hf:// can.")
 
 
 def read_error(wanted: ByteRange, got: int, cause: str) -> ReadError:
