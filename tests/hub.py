@@ -16,6 +16,7 @@ import functools
 import hashlib
 import http.server
 import json
+import mmap
 import os
 import re
 import secrets
@@ -31,6 +32,9 @@ from typing import Any
 
 # Larger files, and those with a zero byte, go to LFS.
 _REGULAR_BYTES = 1024
+
+# Files that are larger are sparse: they are served without being read whole.
+_SPARSE_BYTES = 1 << 30
 
 # What Git stores in the place of a large file. Here only where hf_xet has the content.
 _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
@@ -243,6 +247,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _lfs(self, file: Path) -> dict[str, Any]:
         """What is said of a file beside its name, by where it is stored."""
+        if file.stat().st_size > _SPARSE_BYTES:
+            return {"blobId": _blob(b"")}
         content = file.read_bytes()
         oid, size = hashlib.sha256(content).hexdigest(), len(content)
         if match := re.fullmatch(_POINTER.format("([0-9a-f]+)", "([0-9]+)").encode(), content):
@@ -251,8 +257,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return {"blobId": _blob(content)}
         return {"size": size, "lfs": {"oid": oid, "sha256": oid, "size": size, "pointerSize": len(_POINTER) + 64}}
 
-    def _smudged(self, file: Path) -> bytes:
+    def _smudged(self, file: Path) -> bytes | mmap.mmap:
         """The content of a file, which is stored elsewhere if it is large."""
+        if file.stat().st_size > _SPARSE_BYTES:
+            with file.open("rb") as opened:
+                return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         content = file.read_bytes()
         match = re.fullmatch(_POINTER.format("([0-9a-f]+)", "([0-9]+)").encode(), content)
         return self._large(match[1].decode()).read_bytes() if match else content
@@ -355,7 +364,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data, etag = self._smudged(stored), f'"{stored.stat().st_mtime_ns}"'
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if match is None:
-            self._answer(200, data, ETag=etag)
+            self._answer(200, data[:], ETag=etag)
             return
         part = data[int(match[1]) : int(match[2]) + 1]
         if self.state.take("short"):

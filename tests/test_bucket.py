@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import urllib.parse
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ import tiny_models
 from bucket_server import BucketServer
 
 from slicecast.convert import commands
+from slicecast.convert.errors import UsageError
 from slicecast.convert.memory import Machine
 from slicecast.convert.settings import Settings
 from slicecast.convert.source.reader import plan_requests
+from slicecast.convert.source.storage import open_storage
 
 # Two dozen waves a process, which would be committed within a second.
 BUDGET_BYTES = 3_000_000
@@ -198,3 +201,11 @@ def test_an_output_bucket_that_is_not_there(slicecast: Any, buckets: BucketServe
     assert done.returncode == 1
     assert "slicecast: OutputError: gs://other/out: cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("url", "package", "extra"), [("gs://b/x", "gcsfs", "gcs"), ("s3://b/x", "s3fs", "s3")])
+def test_a_package_that_is_not_installed(url: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError) as raised:
+        open_storage(url)
+    assert str(raised.value) == f"{url}: {package} is not installed. Run `pip install 'slicecast[{extra}]'`."

@@ -2,14 +2,22 @@
 
 import json
 import shutil
+import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 from hub import Hub
+from huggingface_hub import constants
+
+from slicecast.convert.errors import MissingFileError, ReadError
+from slicecast.convert.source import http
+from slicecast.convert.source.storage import open_storage
 
 NAME = "org/tiny"
 TOKEN = "hf_right"
@@ -66,6 +74,7 @@ def test_faults_that_pass(hub: Hub, tmp_path: Path, fault: str) -> None:
     done = convert(hub, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "secret-" not in done.stderr
+    assert done.stderr.count("trying again") == (fault != "slow")  # That one is answered in time.
     assert_right(hub, tmp_path / "out")
 
 
@@ -126,9 +135,91 @@ def test_repositories_that_are_not_there(hub: Hub, tmp_path: Path) -> None:
     done = convert(hub, tmp_path / "out", source="org/nothing")
     assert "no repository of this name" in done.stderr
     assert "Traceback" not in done.stderr
-    hub.close()
-    done = hub.run("plan", f"--hf_model_path={NAME}")
-    assert "cannot be reached" in done.stderr
+
+
+def test_the_hubs_library_is_loaded_for_the_hub_alone(slicecast: Any, llama: Path, tmp_path: Path) -> None:
+    """It takes a tenth of a second."""
+    flags = ("convert", f"--hf_model_path={llama}", f"--base_output_directory={tmp_path / 'out'}")
+    prelude = "import atexit, sys\natexit.register(lambda: print('huggingface_hub' in sys.modules))"
+    assert slicecast.start(*flags, prelude=prelude).wait().stdout.splitlines()[-1] == "False"
+
+
+# ---- Outages
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that this process waits between attempts, which takes no time."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(http, "_notice", http.OutageNotice())
+    return waited
+
+
+@pytest.fixture
+def nowhere() -> str:
+    """An address at which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_no_network(
+    naps: list[float], nowhere: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said once that it is tried again, for a minute, and then what to do."""
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    with pytest.raises(ReadError) as raised:
+        open_storage(NAME)
+    cause = "[Errno 111] Connection refused"
+    assert str(raised.value) == (
+        f"{NAME}: the Hub at {nowhere} cannot be reached ({cause}). Check the network; HTTPS_PROXY names a proxy, "
+        "HF_ENDPOINT a mirror of the Hub. Or give the directory of a copy. Then run the same command again."
+    )
+    said = f"slicecast: 127.0.0.1 does not answer as it should ({cause}); trying again for about a minute\n"
+    assert capsys.readouterr().err == said
+    assert naps == [1, 2, 4, 8, 8, 8, 8, 8, 8]
+
+
+def test_a_web_server_that_does_not_answer(naps: list[float], nowhere: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ReadError, match=r"cannot be read \(\[Errno 111\] Connection refused\)\. Check the address"):
+        open_storage(f"{nowhere}/files").names()
+    said = capsys.readouterr().err
+    assert said.count("trying again") == said.count("\n") == 1
+    assert len(naps) == 9
+
+
+def test_an_outage_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Failures of one outage are at most a timeout and a wait apart. Addresses lose what grants access."""
+    times = (0.0, 68.0, 136.0, 255.0, 375.0, 443.0)
+    clock = iter(times)
+    notice = http.OutageNotice(clock=lambda: next(clock))
+    told = []
+    for _ in times:
+        notice.note("host", OSError("no answer from https://host/file?signature=secret in time"))
+        told.append(capsys.readouterr().err)
+    line = "slicecast: host does not answer as it should (no answer from https://host/file in time); trying again for "
+    assert told == [f"{line}about a minute\n", "", "", "", f"{line}about a minute\n", ""]
+
+
+def test_ctrl_c_is_not_taken_for_an_outage(naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http, "http_backoff", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        http.request("GET", "http://host/file", {})
+    with pytest.raises(KeyboardInterrupt):
+        http.until_answered(interrupted)()
+    assert naps == []
+
+
+def test_offline(naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not want the network to be asked does not wait for it."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingFileError, match=f"{NAME}: found no directory .* because HF_HUB_OFFLINE is set. Unset"):
+        open_storage(NAME)
+    assert naps == []
 
 
 # ---- Web servers
@@ -185,7 +276,7 @@ def test_conversion_to_the_hub(hub: Hub, tmp_path: Path) -> None:
         assert "all equal to the source, bit for bit" in done.stdout, done.stderr
     for file in staging.rglob("*"):
         name = str(file.relative_to(staging))
-        if file.is_file() and not name.startswith("slicecast-log/"):
+        if file.is_file() and not name.startswith(("slicecast-log/", "slicecast-verification.json")):
             with urllib.request.urlopen(f"{hub.endpoint}/org/converted/resolve/main/{name}") as uploaded:
                 assert uploaded.read() == file.read_bytes(), name
 

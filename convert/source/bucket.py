@@ -21,7 +21,14 @@ import tensorstore as ts
 from etils import epath
 
 from slicecast.convert.errors import MissingFileError, ReadError, UsageError
-from slicecast.convert.source.storage import ByteRange, changed_error, missing_error, read_error, scatter
+from slicecast.convert.source.storage import (
+    ByteRange,
+    changed_error,
+    check_package,
+    missing_error,
+    read_error,
+    scatter,
+)
 
 
 class Bucket:
@@ -29,6 +36,7 @@ class Bucket:
 
     def __init__(self, path: str):
         self._path = path.rstrip("/")
+        check_package(self._path)
         try:
             self._specification = _specification(f"{self._path}/")
         except ValueError as error:

@@ -121,7 +121,18 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
       PlanErrors: everything that is wrong with the files, one error each: MissingFileError, ConfigError, HeaderError,
         TruncatedFileError, OffsetError, DuplicateTensorError, UnsupportedFormatError, ReadError.
     """
-    storage = open_storage(path, revision)
+    checkpoint, errors = read_checkpoint(open_storage(path, revision))
+    if errors:
+        raise PlanErrors(errors)
+    return checkpoint
+
+
+def read_checkpoint(storage: Storage) -> tuple[Checkpoint, list[SlicecastError]]:
+    """What can be read of a checkpoint, and everything that is wrong with its files; see `open_checkpoint`.
+
+    Raises:
+      MissingFileError, ReadError: there is no such directory, or it cannot be listed.
+    """
     present = storage.names()
     reader, errors = Reader(storage), list[SlicecastError]()
     configs: dict[str, Any] = {}
@@ -132,15 +143,13 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     file_sizes: dict[str, int] = {}
     with _collected(errors):
         index = parse_index(_read_json(reader, INDEX, HeaderError), present) if INDEX in present else None
-        files = sorted(present.intersection(index.values())) if index else files_without_index(path, present)
+        files = sorted(present.intersection(index.values())) if index else files_without_index(storage.path, present)
         file_sizes, tensors = _read_headers(reader, files, errors)
         errors += duplicate_errors(tensors)
         if index is not None:
             errors += index_errors(index, present, file_sizes, tensors)
-    if errors:
-        raise PlanErrors(errors)
     by_name = {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.name)}
-    return Checkpoint(storage, configs.pop(CONFIG), by_name, file_sizes, configs)
+    return Checkpoint(storage, configs.pop(CONFIG, {}), by_name, file_sizes, configs), errors
 
 
 @contextmanager

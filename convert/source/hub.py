@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -152,4 +153,13 @@ def _hub_error(name: str, revision: str | None, error: Exception) -> SlicecastEr
         )
     if isinstance(error, HfHubHTTPError):
         return ReadError(f"{name}: the Hub answers: {without_query(error)}. Run the same command again.")
-    return ReadError(f"{name}: the Hub at {constants.ENDPOINT} cannot be reached ({without_query(error)}).")
+    if isinstance(error, OfflineModeIsEnabled):
+        return MissingFileError(
+            f"{name}: found no directory of this name, and the Hub is not asked, because HF_HUB_OFFLINE is set. Unset "
+            f"it, or give the directory of a copy, as `hf download {name}` prints it."
+        )
+    return ReadError(
+        f"{name}: the Hub at {constants.ENDPOINT} cannot be reached ({without_query(error)}). Check the network; "
+        "HTTPS_PROXY names a proxy, HF_ENDPOINT a mirror of the Hub. Or give the directory of a copy. Then run the "
+        "same command again."
+    )

@@ -8,6 +8,7 @@
 All are read by byte ranges; nothing is copied to a local disk.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from slicecast.convert.errors import MissingFileError, ReadError, UsageError
 
 # What the Hub calls a repository: an owner and a name.
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+# The package through which `etils.epath` lists a bucket, by scheme, and the extra of ours that installs it.
+_PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,17 @@ def open_storage(path: str, revision: str | None = None) -> Storage:
 
         return WebDirectory(path)
     raise UsageError(f"{path}: '{scheme}://' cannot be read; a directory, gs://, s3://, https:// and hf:// can.")
+
+
+def check_package(url: str) -> None:
+    """Checks that what lists a bucket is installed.
+
+    Raises:
+      UsageError: it is not.
+    """
+    package, extra = _PACKAGES[url.partition("://")[0]]
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{url}: {package} is not installed. Run `pip install 'slicecast[{extra}]'`.")
 
 
 def read_error(wanted: ByteRange, got: int, cause: str) -> ReadError:

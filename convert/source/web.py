@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slicecast.convert.errors import MissingFileError, ReadError
-from slicecast.convert.source.http import request
+from slicecast.convert.source.http import request, without_query
 from slicecast.convert.source.index import INDEX, MAX_JSON_BYTES, SINGLE
 from slicecast.convert.source.safetensors_header import load_json
 from slicecast.convert.source.storage import ByteRange, changed_error, missing_error, read_error, scatter
@@ -78,4 +78,7 @@ class WebDirectory:
         try:
             return request(method, f"{self._path}/{file}", headers)
         except Exception as error:
-            raise ReadError(f"{file}: {self._path} cannot be read ({error}). Run the same command again.") from error
+            raise ReadError(
+                f"{file}: {self._path} cannot be read ({without_query(error)}). Check the address and the network "
+                "(HTTPS_PROXY names a proxy), then run the same command again."
+            ) from error
