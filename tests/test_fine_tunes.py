@@ -73,11 +73,11 @@ def test_tied_and_untied(convert: Convert, tmp_path: Path, name: str, tied: bool
 def test_an_output_layer_that_the_config_ties_is_left_out(
     slicecast: Any, convert: Convert, tmp_path: Path, name: str
 ) -> None:
-    """As transformers leaves it out; the plan says so."""
+    """It repeats the embedding; the plan says so. See test_copies.py for one that does not."""
     config = tiny_models.CONFIGS[name] | {"tie_word_embeddings": True}
     tensors = tiny_models.tensors(families.recognize(config), 5)
     embedding = tensors["model.embed_tokens.weight"][1]
-    source = stored.write(tmp_path / "source", tensors | {"lm_head.weight": ("BF16", noise(*embedding.shape))}, config)
+    source = stored.write(tmp_path / "source", tensors | {"lm_head.weight": ("BF16", embedding)}, config)
     plan = json.loads(slicecast.run("plan", f"--hf_model_path={source}", "--json").stdout)
     assert [each["why"] for each in plan["ignored"]] == ["config.json ties the output layer to the embedding"]
     np.testing.assert_array_equal(convert(source)[EMBEDDING], embedding)

@@ -11,6 +11,10 @@ from slicecast.convert.mapping.table import RuleTable
 
 ExpertsForm = Literal["separate", "fused", "fused, inputs first"]
 
+# Where the token embedding and an output layer of its own go.
+EMBEDDING = "token_embedder/embedding"
+OUTPUT_LAYER = "decoder/logits_dense/kernel"
+
 # MaxText's logical names of axes that are all as long as the hidden state.
 _HIDDEN = ("norm", "embed", "embed_attn", "embed_vocab", "embed_moe", "embed_router", "activation_embed")
 
@@ -117,12 +121,17 @@ def layer_norms(layer: RuleTable) -> None:
 
 def embedding(table: RuleTable, name: str, *ops: Op) -> None:
     """The token embedding."""
-    table.add(name, "vocab~tokens embed_vocab", "token_embedder/embedding", *ops)
+    table.add(name, "vocab~tokens embed_vocab", EMBEDDING, *ops)
+
+
+def tied_output(name: str) -> Ignore:
+    """An output layer that is stored though it is the embedding again; `name` is a regular expression."""
+    return Ignore(name, "config.json ties the output layer to the embedding", copy_of=EMBEDDING)
 
 
 def output_layer(table: RuleTable, name: str) -> None:
     """An output layer of its own."""
-    table.add(name, "vocab~tokens embed_vocab -> embed_vocab vocab", "decoder/logits_dense/kernel")
+    table.add(name, "vocab~tokens embed_vocab -> embed_vocab vocab", OUTPUT_LAYER)
 
 
 def attention(

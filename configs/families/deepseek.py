@@ -132,10 +132,10 @@ def _prediction(c: HfConfig, table: RuleTable, source: str, layers: int, archite
 def _ignores(prefix: str, layers: int, predicted: int, *, enable_mtp: bool) -> Iterator[Ignore]:
     for extra in range(layers, layers + predicted):
         if enable_mtp:
-            yield Ignore(
-                rf"{prefix}model\.layers\.{extra}\.(embed_tokens|shared_head\.head)\.weight",
-                "copies of the embedding and the output layer, which MaxText's prediction layer shares",
-            )
+            why = "copies of the embedding and the output layer, which MaxText's prediction layer shares"
+            layer = rf"{prefix}model\.layers\.{extra}"
+            yield Ignore(rf"{layer}\.embed_tokens\.weight", why, blocks.EMBEDDING)
+            yield Ignore(rf"{layer}\.shared_head\.head\.weight", why, blocks.OUTPUT_LAYER)
         else:
             yield Ignore(
                 rf"{prefix}model\.layers\.{extra}\..*",

@@ -64,7 +64,7 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
         blocks.take_turns(c, _GEMMA3_CYCLE, whole=False)
         for kind in _gemma3_layers(layers):
             _gemma3(table.within(source, "decoder/{layers}", kind))
-    ignores = [Ignore(r"(language_model\.)?lm_head\.weight", "config.json ties the output layer to the embedding")]
+    ignores = [blocks.tied_output(r"(language_model\.)?lm_head\.weight")]
     if options.use_multimodal:
         siglip.add(config.require_section("vision_config"), table, hidden)
     else:

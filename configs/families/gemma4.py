@@ -66,7 +66,7 @@ def _ignores(c: HfConfig, prefix: str, layers: int) -> Iterator[Ignore]:
             rf"{re.escape(prefix)}\.layers\.{layer}\.self_attn\.(k_proj|v_proj|k_norm)\.weight",
             "layers that use the keys and values of another layer have none of their own",
         )
-    yield Ignore(r"lm_head\.weight", "config.json ties the output layer to the embedding")
+    yield blocks.tied_output(r"lm_head\.weight")
     yield Ignore(r"model\.(audio_tower|embed_audio)\..*", "MaxText's model does not hear")
 
 

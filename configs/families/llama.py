@@ -65,4 +65,4 @@ def _table(c: HfConfig, options: ModelOptions, interleaved: bool) -> RuleTable:
 
 def _ignores(c: HfConfig) -> Iterator[Ignore]:
     if c.flag("tie_word_embeddings", False):
-        yield Ignore(r"lm_head\.weight", "config.json ties the output layer to the embedding")
+        yield blocks.tied_output(r"lm_head\.weight")

@@ -61,7 +61,7 @@ def model(config: HfConfig, architecture: str, options: ModelOptions) -> Model:
     ]
     ignores = []
     if tied:
-        ignores.append(Ignore(rf"{variant.head}\.weight", "config.json ties the output layer to the embedding"))
+        ignores.append(blocks.tied_output(rf"{variant.head}\.weight"))
     if variant.omni:
         ignores.append(Ignore(r"(talker|code2wav)\..*", "MaxText's model reads speech, and does not speak"))
     if variant.visual and not multimodal:

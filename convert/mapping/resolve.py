@@ -15,6 +15,7 @@ from slicecast.convert.mapping.ops import Slice
 from slicecast.convert.mapping.rules import Constant, Join, Model, Rule
 from slicecast.convert.mapping.target import FP8, Layout, Leaf, leaves
 from slicecast.convert.source.checkpoint import Checkpoint
+from slicecast.convert.source.safetensors_header import TensorInfo
 
 # Errors of one kind after which the rest are counted instead of listed: a missing shard file loses thousands of
 # tensors.
@@ -42,11 +43,13 @@ class Ignored:
         why: The reason.
         count: How many tensors.
         nbytes: Their size in bytes.
+        copies: Those of them that are said to repeat another tensor, each with the other one.
     """
 
     why: str
     count: int
     nbytes: int
+    copies: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
 
 
 def resolve(
@@ -81,7 +84,7 @@ def resolve(
                     errors.append(error)
     if layout.save_dtype == FP8 and not errors and not any(item.leaf.dtype == FP8 for item in resolved):
         errors.append(UnsupportedFormatError(f"--save_dtype={FP8}: this checkpoint has no FP8 weights to keep."))
-    ignored, unused = _leftovers(checkpoint, model, used, failed)
+    ignored, unused = _leftovers(checkpoint, model, resolved, used, failed)
     if errors or unused:
         raise PlanErrors(_abridge(errors + unused))
     return resolved, ignored
@@ -204,18 +207,25 @@ def _module(name: str) -> str:
 
 
 def _leftovers(
-    checkpoint: Checkpoint, model: Model, used: set[str], failed: set[str]
+    checkpoint: Checkpoint, model: Model, resolved: Sequence[ResolvedLeaf], used: set[str], failed: set[str]
 ) -> tuple[list[Ignored], list[SlicecastError]]:
     """What the rules left: ignored tensors by reason, and an error for each that no rule ignores.
 
     A weight that could not be used (its module is in `failed`) leaves its partners over; only the cause is reported.
     """
+    originals = {
+        item.leaf.rule.target: stored.parts[0].tensor
+        for item in resolved
+        for stored in item.sources.values()
+        if stored.parts  # A constant has none.
+    }
     counts: dict[str, Ignored] = {}
     unused: list[SlicecastError] = []
     for name, tensor in checkpoint.tensors.items():
         if name in used or _module(name) in failed:
             continue
-        why = next((ignore.why for ignore in model.ignores if ignore.matches(name)), None)
+        matching = [ignore for ignore in model.ignores if ignore.matches(name)]
+        why = matching[0].why if matching else None
         if why is None and detect.is_runtime_only(name):
             why = detect.RUNTIME_ONLY_REASON
         if why is None:
@@ -229,7 +239,10 @@ def _leftovers(
             )
         else:
             before = counts.get(why, Ignored(why, 0, 0))
-            counts[why] = Ignored(why, before.count + 1, before.nbytes + tensor.nbytes)
+            # Whoever leaves it out by --ignore_extra too has decided that it does not matter.
+            copied = [] if any(ignore.copy_of is None for ignore in matching) else [matching[0].copy_of]
+            copies = tuple((tensor, originals[target]) for target in copied if target in originals)
+            counts[why] = Ignored(why, before.count + 1, before.nbytes + tensor.nbytes, before.copies + copies)
     return list(counts.values()), unused
 
 

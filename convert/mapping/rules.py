@@ -154,10 +154,13 @@ class Ignore:
     Attributes:
         pattern: A regular expression that the whole name matches.
         why: The reason, printed by `plan` and `convert`.
+        copy_of: The target of the rule whose tensor they repeat, which is checked before anything is written; None if
+            they are left out whatever they hold.
     """
 
     pattern: str
     why: str
+    copy_of: str | None = None
 
     def matches(self, name: str) -> bool:
         """Whether this tensor is left out."""
