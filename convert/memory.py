@@ -2,11 +2,16 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from slicecast.configs.hosts import Host
 from slicecast.convert.box import Shape
 
 GB = 10**9
+
+# The part of free memory that is used where the user gives no budget; the rest is for the program itself and for
+# others.
+_DEFAULT_SHARE = 0.75
 
 # Waves in flight at most: one being read, one on the chips, one being compressed, and one waiting, so that no stage
 # starves.
@@ -32,12 +37,28 @@ class Machine:
         devices: Chips of each host.
         host_bytes: The budget of each host for bytes in flight.
         device_bytes: The budget of each chip; None where devices use the host's memory (a CPU backend).
+        host: What each host is, where it matters: for how long a conversion will take.
     """
 
     hosts: int
     devices: int
     host_bytes: int
     device_bytes: int | None
+    host: Host | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, host: Host, hosts: int) -> "Machine":
+        """So many of these hosts, with the default budgets."""
+        host_bytes = default_budget(host.memory_gb * GB)
+        if host.chip is None:
+            return cls(hosts, 1, host_bytes, None, host)
+        device_bytes = default_budget(host.chip.memory_gb * GB / host.chip.devices)
+        return cls(hosts, host.chips * host.chip.devices, host_bytes, device_bytes, host)
+
+
+def default_budget(available_bytes: float) -> int:
+    """The budget where the user gives none."""
+    return int(available_bytes * _DEFAULT_SHARE)
 
 
 @dataclass(frozen=True)

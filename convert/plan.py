@@ -14,7 +14,7 @@ or on the number of processes, so an interrupted run can be resumed on other mac
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes  # noqa: F401  Makes NumPy know bfloat16.
 import numpy as np
@@ -38,6 +38,7 @@ from slicecast.convert.memory import (
     chips_used,
     row_shares,
 )
+from slicecast.convert.sharding import Sharding
 from slicecast.convert.source.checkpoint import Checkpoint, fingerprint
 from slicecast.convert.tiles import Tiling
 
@@ -198,21 +199,28 @@ def make(
     resolved: Sequence[ResolvedLeaf],
     ignored: Sequence[Ignored],
     machine: Machine,
+    sharding: Sharding | None = None,
 ) -> Plan:
     """The plan for a resolved checkpoint on these machines.
+
+    Args:
+        checkpoint: The source.
+        model: What its config describes.
+        layout: How the target tree is laid out.
+        quantization: What the checkpoint announces about its quantization, for people.
+        resolved: The target tree.
+        ignored: What is left out.
+        machine: The machines and their budgets.
+        sharding: How those who will read the result cut it; None for chunks that suit most meshes.
 
     Raises:
         BudgetError: If a memory budget is below what the smallest unit of work needs.
     """
     leaves = tuple(
-        PlannedLeaf(item.leaf, item.sources, tiles.choose(item.leaf, np.dtype(item.leaf.dtype).itemsize))
+        PlannedLeaf(item.leaf, item.sources, tiles.choose(item.leaf, np.dtype(item.leaf.dtype).itemsize, sharding))
         for item in sorted(resolved, key=lambda item: item.leaf.path)
     )
-    box_bytes = min(MAX_BOX_BYTES, machine.host_bytes // BOX_SHARE_OF_BUDGET)
-    boxes = [work for leaf in leaves for work in _boxes(leaf, box_bytes)]
-    boxes.sort(key=_source_position)
-    waves = tuple(tuple(_waves(share, box_bytes)) for share in _shares(boxes, machine.hosts))
-    _check_host_budget([wave for share in waves for wave in share], machine)
+    waves, device_slots = _arranged(leaves, machine)
     return Plan(
         checkpoint=checkpoint,
         model=model,
@@ -223,9 +231,29 @@ def make(
         machine=machine,
         waves=waves,
         waves_in_flight=MAX_WAVES_IN_FLIGHT,
-        device_slots=_device_slots(boxes, machine),
+        device_slots=device_slots,
         digest=_digest(checkpoint, leaves),
     )
+
+
+def for_machine(plan: Plan, machine: Machine) -> Plan:
+    """The plan that writes the same on other machines.
+
+    Raises:
+        BudgetError: If a memory budget is below what the smallest unit of work needs.
+    """
+    waves, device_slots = _arranged(plan.leaves, machine)
+    return replace(plan, machine=machine, waves=waves, device_slots=device_slots)
+
+
+def _arranged(leaves: Sequence[PlannedLeaf], machine: Machine) -> tuple[tuple[tuple[Wave, ...], ...], int]:
+    """The waves of each process, and how many boxes are on a host's chips at once."""
+    box_bytes = min(MAX_BOX_BYTES, machine.host_bytes // BOX_SHARE_OF_BUDGET)
+    boxes = [work for leaf in leaves for work in _boxes(leaf, box_bytes)]
+    boxes.sort(key=_source_position)
+    waves = tuple(tuple(_waves(share, box_bytes)) for share in _shares(boxes, machine.hosts))
+    _check_host_budget([wave for share in waves for wave in share], machine)
+    return waves, _device_slots(boxes, machine)
 
 
 def _boxes(planned: PlannedLeaf, box_bytes: int) -> Iterator[WorkBox]:

@@ -1,5 +1,6 @@
 """The settings of a command, as the command line gives them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -24,6 +25,8 @@ class Settings:
         use_multimodal: Whether to convert vision and audio; None for what MaxText does with this model.
         vocab_size: The vocabulary of the MaxText model; None for the checkpoint's, or what MaxText has for the model.
         maxtext_version: The MaxText release whose tree is written.
+        parallelism: MaxText's flags for the mesh that will load the result, such as `ici_fsdp_parallelism`, and their
+            values; None for chunks that suit most meshes.
         ignore_extra: A regular expression; tensors that no rule reads are left out if it matches their whole name.
         override_model_config: Whether the sizes may differ from those that MaxText has for `model_name`.
         host_memory_gb: The budget for bytes in flight on each host, in GB (10**9 bytes); None for three quarters of
@@ -49,6 +52,7 @@ class Settings:
     use_multimodal: bool | None = None
     vocab_size: int | None = None
     maxtext_version: str | None = None
+    parallelism: Mapping[str, int] | None = None
     ignore_extra: str | None = None
     override_model_config: bool = False
     host_memory_gb: float | None = None

@@ -1,4 +1,6 @@
-"""Writes snapshots of MaxText's parameter trees: OUTPUT/RELEASE/MODEL.json, for the MaxText that is installed.
+"""Writes snapshots of the MaxText that is installed: its parameter trees, and how it cuts them over a mesh.
+
+OUTPUT/RELEASE/MODEL.json is the tree of a model, OUTPUT/logical_axis_rules/RELEASE.json has the rules for all models.
 
     .venv-maxtext/bin/python -P scripts/snapshot_maxtext.py                        # all models
     .venv-maxtext/bin/python -P scripts/snapshot_maxtext.py llama3.1-8b kimi-k2-1t
@@ -10,14 +12,16 @@ folders out of the imports. Only abstract models are built, on a CPU: no weights
 
 import argparse
 import importlib.metadata
+import json
 import logging
 import os
 import sys
 import tempfile
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from slicecast.configs.maxtext import snapshot
 from slicecast.configs.maxtext.snapshot import Refusal, TargetLeaf
@@ -133,6 +137,43 @@ def on_top(leaves: Sequence[TargetLeaf], plain: Sequence[TargetLeaf]) -> tuple[T
     return added
 
 
+def axis_rules() -> dict[str, Any]:
+    """MaxText's mesh axes, its logical axis rules, and what models put in place of the rules of the same name."""
+    import maxtext
+    from omegaconf import OmegaConf
+
+    configs = Path(maxtext.__file__).parent / "configs"
+    base = OmegaConf.to_container(OmegaConf.load(configs / "base.yml"))
+    models = {
+        name: OmegaConf.to_container(OmegaConf.load(configs / "models" / f"{name}.yml")) for name in model_names()
+    }
+    if replaced := [name for name, model in models.items() if model.get("override_logical_axis_rules")]:
+        raise RuntimeError(f"these have only rules of their own, for which the file has no place: {replaced}")
+    rules = {
+        name: _with_lists(model["logical_axis_rules"])
+        for name, model in models.items()
+        if "logical_axis_rules" in model
+    }
+    return {
+        "mesh_axes": base["mesh_axes"],
+        "logical_axis_rules": _with_lists(base["logical_axis_rules"]),
+        "models": rules,
+    }
+
+
+def dump_rules(content: Mapping[str, Any]) -> str:
+    """The text of the file of rules, a line each."""
+    lines = ",\n".join(f"  {json.dumps(rule)}" for rule in content["logical_axis_rules"])
+    fields = {name: json.dumps(value) for name, value in content.items()}
+    fields["logical_axis_rules"] = f"[\n{lines}\n ]"
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {value}" for name, value in fields.items()) + "\n}\n"
+
+
+def _with_lists(rules: Sequence[tuple[str, str | Sequence[str]]]) -> list[list[Any]]:
+    """Rules with a list of mesh axes each, also where there is one."""
+    return [[name, [axes] if isinstance(axes, str) else list(axes)] for name, axes in rules]
+
+
 def main() -> None:
     """Writes the files, and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,6 +194,10 @@ def main() -> None:
     logging.disable()  # MaxText logs settings that it refuses as errors; here they are results.
     if unknown := set(arguments.model_names).difference(known):
         sys.exit(f"MaxText {version} has no model {', '.join(sorted(unknown))}. It has: {', '.join(known)}")
+
+    rules = arguments.output / "logical_axis_rules" / f"{version}.json"
+    rules.parent.mkdir(parents=True, exist_ok=True)
+    rules.write_text(dump_rules(axis_rules()))
 
     folder = arguments.output / version
     folder.mkdir(parents=True, exist_ok=True)

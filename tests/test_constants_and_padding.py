@@ -16,7 +16,7 @@ import tiny_models
 from test_every_format import SMALL_BOXES
 
 from slicecast.configs import families
-from slicecast.convert import definition, orbax_checkpoint, plan, tiles
+from slicecast.convert import orbax_checkpoint, plan, tiles
 from slicecast.convert.codecs import constant, plain, quantization_config
 from slicecast.convert.codecs.base import Part, StoredTensor
 from slicecast.convert.errors import PlanErrors, ShapeError, UnsupportedFormatError
@@ -27,6 +27,7 @@ from slicecast.convert.memory import GB, Machine
 from slicecast.convert.source.checkpoint import open_checkpoint
 from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.safetensors_header import TensorInfo
+from slicecast.convert.verification import definition
 
 Array = np.ndarray[Any, Any]
 
@@ -224,7 +225,7 @@ def test_other_vocabularies(
     arrays = orbax_checkpoint.open_arrays(output)
     tensors = tiny_models.tensors(tiny_models.model(name), 1)
     monkeypatch.setattr(tiles, "COLUMN_BYTES", 1000)
-    monkeypatch.setattr(tiles, "MIN_CHUNK_BYTES", 32)
+    monkeypatch.setattr(tiles, "REQUEST_BYTES", 32)
     monkeypatch.setattr(tiles, "SMALL_BYTES", 32)
     for family, path, laid_out in VOCABULARIES:
         if family != name:

@@ -19,7 +19,7 @@ MODULE = "model.layers.1.mlp.up_proj"
 SMALL_BOXES = """
 from slicecast.convert import tiles
 tiles.COLUMN_BYTES = 1000
-tiles.MIN_CHUNK_BYTES = tiles.SMALL_BYTES = 32
+tiles.REQUEST_BYTES = tiles.SMALL_BYTES = 32
 """
 
 LAST_STATE = f"{MODULE}.weight.quant_state.bitsandbytes__nf4"

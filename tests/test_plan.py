@@ -248,7 +248,7 @@ def test_tiny_models_as_if_they_were_large(
     """With the constants of the tiling scaled down, so that leaves are cut along all their axes, into many boxes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "COLUMN_BYTES", column_bytes)
-        patch.setattr(tiles, "MIN_CHUNK_BYTES", column_bytes // 32)
+        patch.setattr(tiles, "REQUEST_BYTES", column_bytes // 32)
         patch.setattr(tiles, "MAX_CHUNK_BYTES", column_bytes // 4)
         patch.setattr(tiles, "MAX_INNER_BYTES", column_bytes // 16)
         patch.setattr(tiles, "SMALL_BYTES", column_bytes // 8)
@@ -318,7 +318,7 @@ def quantized(name: str) -> Checkpoint:
 def test_quantized_models(monkeypatch: pytest.MonkeyPatch, name: str, machine: Machine) -> None:
     """Boxes of a few rows each: every stored byte is read, and the costs are the codecs'."""
     monkeypatch.setattr(tiles, "COLUMN_BYTES", 1000)
-    monkeypatch.setattr(tiles, "MIN_CHUNK_BYTES", 32)
+    monkeypatch.setattr(tiles, "REQUEST_BYTES", 32)
     monkeypatch.setattr(tiles, "SMALL_BYTES", 32)
     plan = make_plan(quantized(name), machine)
     check_chunks(plan)
@@ -459,7 +459,7 @@ def test_the_digest_changes_with_all_that_is_written(monkeypatch: pytest.MonkeyP
         "ops": make_plan(source, model=replace(model, rules=[*rules[:query], unscaled, *rules[query + 1 :]])),
         "path": make_plan(source, model=replace(model, rules=[*rules[:query], renamed, *rules[query + 1 :]])),
     }
-    monkeypatch.setattr(tiles, "MIN_CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(tiles, "REQUEST_BYTES", 1 << 10)
     plans["tiles"] = make_plan(source)
     assert len({plan.digest for plan in plans.values()}) == len(plans)
 

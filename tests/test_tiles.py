@@ -1,8 +1,9 @@
 """How leaves are cut: the promises of `tiles.py` for every leaf of the real models, and for odd sizes."""
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +14,24 @@ from hypothesis import strategies as st
 from slicecast.configs import families
 from slicecast.convert import tiles
 from slicecast.convert.box import Box, Shape, grid_size
+from slicecast.convert.errors import TargetError
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import InterleaveHalves, Op, Scale, Split, Transpose
 from slicecast.convert.mapping.rules import Rule, stacked
 from slicecast.convert.mapping.target import Layout, Leaf, leaves
+from slicecast.convert.sharding import Sharding, axis_rules
 from slicecast.convert.tiles import (
     COLUMN_BYTES,
-    EXPERT_CHUNKS,
+    DEFAULT_READERS,
     MAX_CHUNK_BYTES,
     MAX_INNER_BYTES,
-    MIN_CHUNK_BYTES,
+    REQUEST_BYTES,
     Tiling,
 )
 
 MIB = 1 << 20
+LEAST_INNER_BYTES = REQUEST_BYTES // max(reader.pieces for reader in DEFAULT_READERS)
+LEAST_INNER_BYTES_IF_GIVEN = REQUEST_BYTES // tiles.PIECES_IF_GIVEN
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -98,16 +103,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # Chunks of each model in bfloat16, scanned or not, at most: a key each in the database, which every host lists once.
 CHUNKS = {
-    "Kimi-K2": 284_000,
-    "DeepSeek-V3": 185_000,
-    "DeepSeek-V2-Lite": 23_000,
-    "gpt-oss-120B": 30_000,
-    "gpt-oss-20B": 20_500,
-    "Llama-2-7B": 4_000,
-    "Llama-3.1-8B": 4_000,
-    "Llama-3.1-70B": 18_000,
-    "Llama-3.1-405B": 76_000,
-    "Mistral-7B": 4_000,
+    "Kimi-K2": 150_000,
+    "DeepSeek-V3": 100_000,
+    "DeepSeek-V2-Lite": 4_000,
+    "gpt-oss-120B": 16_000,
+    "gpt-oss-20B": 4_000,
+    "Llama-2-7B": 2_000,
+    "Llama-3.1-8B": 2_000,
+    "Llama-3.1-70B": 12_000,
+    "Llama-3.1-405B": 60_000,
+    "Mistral-7B": 2_000,
 }
 LAYOUTS = [Layout(scan, axis, dtype) for scan, axis in ((True, 1), (True, 0), (False, 1)) for dtype in ITEM_BYTES]
 
@@ -124,6 +129,27 @@ def tiled(config: dict[str, Any], layout: Layout) -> Iterator[tuple[Leaf, int, T
         if leaf.rule not in known:
             known[leaf.rule] = tiles.choose(leaf, itemsize)
         yield leaf, itemsize, known[leaf.rule]
+
+
+@functools.cache
+def scanned_leaves(name: str) -> tuple[Leaf, ...]:
+    """The leaves of a model as it is by default."""
+    return tuple(model_leaves(MODELS[name], Layout(True)))
+
+
+@functools.cache
+def default_tilings(name: str) -> tuple[Tiling, ...]:
+    """How these are cut if no mesh is given."""
+    return tuple(tiles.choose(leaf, ITEM_BYTES[leaf.dtype]) for leaf in scanned_leaves(name))
+
+
+def amplification(leaves: Sequence[Leaf], tilings: Sequence[Tiling], sharding: Sharding) -> float:
+    """How many bytes a chip reads of a model for each byte that it needs."""
+    read = needed = 0.0
+    for leaf, tiling in zip(leaves, tilings, strict=True):
+        read += tiles.elements_read(leaf, tiling, sharding) * ITEM_BYTES[leaf.dtype]
+        needed += nbytes(leaf.shape, ITEM_BYTES[leaf.dtype]) / math.prod(sharding.parts(leaf))
+    return read / needed
 
 
 def check_structure(leaf: Leaf, tiling: Tiling) -> None:
@@ -176,33 +202,87 @@ def test_every_leaf_of_the_real_models(name: str, layout: Layout) -> None:
         assert nbytes(tiling.column, itemsize) <= COLUMN_BYTES
         assert nbytes(tiling.chunk, itemsize) <= MAX_CHUNK_BYTES
         assert nbytes(tiling.inner, itemsize) <= MAX_INNER_BYTES
-        # Chunks are cut to whole divisors, so they can be up to a half smaller than asked for, but not smaller.
-        whole = nbytes(leaf.shape, itemsize)
-        assert nbytes(tiling.chunk, itemsize) >= min(MIN_CHUNK_BYTES // 2, whole)
-        assert 2 * nbytes(tiling.inner, itemsize) >= min(MIN_CHUNK_BYTES, nbytes(tiling.chunk, itemsize))
-    # Chunks are a MiB or more on average, beside the small leaves that are one chunk each.
-    assert chunks <= count + total // MIB
+        assert nbytes(tiling.inner, itemsize) >= min(LEAST_INNER_BYTES, nbytes(tiling.column, itemsize))
+        # Chunks are put together from whole divisors, so they can be smaller than asked for.
+        assert nbytes(tiling.chunk, itemsize) >= min(MIB, nbytes(tiling.column, itemsize))
+    # Chunks are 8 MiB or more on average, beside the small leaves that are one chunk each.
+    assert chunks <= count + total // (8 * MIB)
     if layout.save_dtype == "bfloat16" and layout.param_scan_axis == 1:
         assert chunks <= CHUNKS[name]
 
 
+# A chip of one of these reads at most 1.2 times what it needs, and so does a host, whichever chips it has: they read
+# what they share once.
+COMMON_MESHES: tuple[dict[str, int], ...] = (
+    {},
+    *({"fsdp": size} for size in (4, 8, 16, 32, 64)),
+    *({"expert": size} for size in (2, 4, 8, 16)),
+    *({"fsdp": fsdp, "expert": expert} for fsdp, expert in ((4, 4), (8, 2), (2, 8), (16, 4), (8, 8), (32, 2), (4, 16))),
+    {"fsdp": 8, "context": 4},
+)
+# The default cuts no leaf further than is worth a request; these are for more chips, or cut other axes.
+OTHER_MESHES: tuple[dict[str, int], ...] = (
+    {"fsdp": 256},
+    {"fsdp": 16, "expert": 16},
+    {"fsdp": 32, "tensor": 2},
+    {"fsdp": 16, "tensor": 4},
+    {"fsdp": 8, "fsdp_transpose": 4},
+    {"tensor": 8},
+    {"tensor": 8, "expert": 8},
+)
+
+
+@pytest.mark.parametrize("mesh", COMMON_MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_readers_axes_are_cut_finely(name: str) -> None:
-    """Fsdp up to 7 or more reads no byte in vain of large leaves, nor does expert parallelism up to 16."""
-    for leaf, itemsize, tiling in tiled(MODELS[name], Layout(True)):
-        for axis, logical in enumerate(leaf.axes):
-            if logical == "exp":
-                # Of experts that are one tensor, a small leaf (their biases) is not cut below what a chunk is worth.
-                of_one_layer = nbytes(leaf.element_shape, itemsize) // MIN_CHUNK_BYTES
-                wanted = EXPERT_CHUNKS if axis in dict(leaf.stacked) else min(EXPERT_CHUNKS, of_one_layer)
-                assert -(-leaf.shape[axis] // tiling.chunk[axis]) >= wanted
-                assert leaf.shape[axis] % tiling.chunk[axis] == 0
-            elif logical is not None and logical.startswith("embed"):
-                of_one_layer = nbytes(tiling.column, itemsize) if axis != tiling.row_axis else COLUMN_BYTES
-                wanted = min(tiles.EMBED_CHUNKS, of_one_layer // MIN_CHUNK_BYTES)
-                if nbytes(leaf.element_shape, itemsize) >= tiles.EMBED_CHUNKS * MIN_CHUNK_BYTES:
-                    assert -(-leaf.shape[axis] // tiling.chunk[axis]) >= wanted
-                assert leaf.shape[axis] % tiling.chunk[axis] == 0
+def test_the_default_reads_little_in_vain(name: str, mesh: dict[str, int]) -> None:
+    assert 1 <= amplification(scanned_leaves(name), default_tilings(name), Sharding(mesh, axis_rules())) <= 1.2
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        # Few weights of these are outside of the experts, which both axes cut.
+        *((name, {"fsdp": 16, "expert": 16}) for name in ("Kimi-K2", "DeepSeek-V3", "gpt-oss-120B")),
+        *((name, {"fsdp": 16, "tensor": 4}) for name in ("Llama-3.1-70B", "Llama-3.1-405B")),
+        *((name, {"fsdp": 32, "tensor": 2}) for name in ("Kimi-K2", "DeepSeek-V3", "gpt-oss-120B", "Llama-3.1-70B")),
+    ],
+)
+def test_the_default_suits_more_meshes_of_large_models(name: str, mesh: dict[str, int]) -> None:
+    assert 1 <= amplification(scanned_leaves(name), default_tilings(name), Sharding(mesh, axis_rules())) <= 1.2
+
+
+@pytest.mark.parametrize("mesh", COMMON_MESHES + OTHER_MESHES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_cut_for_a_mesh_reads_little_in_vain(name: str, mesh: dict[str, int]) -> None:
+    """Nothing but of leaves, such as norms, whose shards are too small to be read alone."""
+    sharding = Sharding(mesh, axis_rules())
+    found = [tiles.choose(leaf, ITEM_BYTES[leaf.dtype], sharding) for leaf in scanned_leaves(name)]
+    refused = False
+    for leaf, tiling in zip(scanned_leaves(name), found, strict=True):
+        check_structure(leaf, tiling)
+        assert nbytes(tiling.column, ITEM_BYTES[leaf.dtype]) <= COLUMN_BYTES
+        assert nbytes(tiling.inner, ITEM_BYTES[leaf.dtype]) <= MAX_INNER_BYTES
+        parts = sharding.parts(leaf)
+        shard = [size // number for size, number in zip(leaf.shape, parts, strict=True)]
+        if any(size % number for size, number in zip(leaf.shape, parts, strict=True)):
+            refused = True
+        elif any(size % inner for size, inner in zip(shard, tiling.inner, strict=True)):
+            common = [math.gcd(size, inner) for size, inner in zip(shard, tiling.inner, strict=True)]
+            assert nbytes(tuple(common), ITEM_BYTES[leaf.dtype]) < LEAST_INNER_BYTES_IF_GIVEN
+    if refused:
+        with pytest.raises(TargetError, match="does not divide"):
+            sharding.check(scanned_leaves(name))
+    else:
+        assert 1 <= amplification(scanned_leaves(name), found, sharding) <= 1.1
+
+
+def test_elements_read_of_cuts_that_do_not_meet() -> None:
+    """Of 12 rows, 3 parts of 4; with tiles of 6, the first reads 6 rows, the second 12, the third 6."""
+    (leaf,) = leaves(Rule("x", (12, 8), "x", (), ("embed", None)), Layout(False))
+    tiling = Tiling((12, 8), (6, 4), 0, (12, 8))
+    assert tiles.elements_read(leaf, tiling, Sharding({"fsdp": 3}, axis_rules())) == 8 * (6 + 12 + 6) / 3
+    assert tiles.elements_read(leaf, tiling, Sharding({"fsdp": 2}, axis_rules())) == 8 * 6
+    assert tiles.elements_read(leaf, tiling, Sharding({}, axis_rules())) == 8 * 12
 
 
 def test_layers_are_read_one_at_a_time() -> None:
@@ -217,15 +297,15 @@ def test_layers_are_read_one_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("scan", "suffix", "expected"),
     [
-        # Four experts' rows are 112 MiB, the largest number that stays under COLUMN_BYTES; 16 chunks over embed.
-        (True, "MoeBlock_0/wi_0", Tiling((4, 1, 448, 2048), (4, 1, 112, 2048), 3, (4, 1, 7168, 2048))),
-        (True, "MoeBlock_0/wi_1", Tiling((4, 1, 448, 2048), (4, 1, 112, 2048), 3, (4, 1, 7168, 2048))),
-        # Here the rows of the source are the embed axis, so 448 of them can be read alone.
-        (True, "MoeBlock_0/wo", Tiling((4, 1, 2048, 448), (4, 1, 2048, 112), 3, (4, 1, 2048, 448))),
-        (False, "MoeBlock_0/wi_0", Tiling((4, 448, 2048), (4, 112, 2048), 2, (4, 7168, 2048))),
-        (False, "MoeBlock_0/wo", Tiling((4, 2048, 448), (4, 2048, 112), 2, (4, 2048, 448))),
+        # Four experts are 112 MiB, the largest number that stays under COLUMN_BYTES; a shard of fsdp 64 has 112 rows,
+        # and half of the columns are 0.9 MiB, the least that tensor parallelism gets. Eight of each are 14 MiB.
+        (True, "MoeBlock_0/wi_0", Tiling((4, 1, 896, 2048), (4, 1, 112, 1024), 3, (4, 1, 7168, 2048))),
+        (True, "MoeBlock_0/wi_1", Tiling((4, 1, 896, 2048), (4, 1, 112, 1024), 3, (4, 1, 7168, 2048))),
+        (True, "MoeBlock_0/wo", Tiling((4, 1, 1024, 1792), (4, 1, 1024, 112), 3, (4, 1, 2048, 7168))),
+        (False, "MoeBlock_0/wi_0", Tiling((4, 896, 2048), (4, 112, 1024), 2, (4, 7168, 2048))),
+        (False, "MoeBlock_0/wo", Tiling((4, 1024, 1792), (4, 1024, 112), 2, (4, 2048, 7168))),
         (True, "gate/bias", Tiling((60, 384), (60, 384), 1, (60, 384))),
-        (True, "token_embedder/embedding", Tiling((8192, 448), (8192, 112), 0, (8192, 7168))),
+        (True, "token_embedder/embedding", Tiling((8192, 896), (8192, 112), 0, (8192, 7168))),
         (True, "moe_layers/pre_self_attention_layer_norm/scale", Tiling((7168, 60), (7168, 60), 0, (7168, 60))),
     ],
 )
@@ -238,12 +318,12 @@ def test_kimi_spelled_out(scan: bool, suffix: str, expected: Tiling) -> None:
 @pytest.mark.parametrize(
     ("scan", "suffix", "expected"),
     [
-        # The rows of the source are the experts: 2 of 32 are a 16th, and 32 MB, which 16 chunks over embed share.
-        (True, "layers_1/GptOssMlp/wi_1", Tiling((2, 1, 180, 2880), (2, 1, 180, 2880), 0, (2, 1, 2880, 2880))),
-        (False, "layers_23/GptOssMlp/wi_1", Tiling((2, 180, 2880), (2, 180, 2880), 0, (2, 2880, 2880))),
-        (True, "layers_0/GptOssMlp/wo", Tiling((2, 1, 2880, 180), (2, 1, 2880, 180), 0, (2, 1, 2880, 2880))),
-        # 2.1 MiB are worth two chunks.
-        (True, "layers_1/GptOssMlp/wi_1_bias", Tiling((16, 12, 2880), (16, 12, 2880), 0, (16, 12, 2880))),
+        # The rows of the source are the experts: 8 are 127 MiB. 2 of 32 are a 16th, 45 rows a 64th of the embedding.
+        (True, "layers_1/GptOssMlp/wi_1", Tiling((2, 1, 1440, 2880), (2, 1, 45, 2880), 0, (8, 1, 2880, 2880))),
+        (False, "layers_23/GptOssMlp/wi_1", Tiling((2, 1440, 2880), (2, 45, 2880), 0, (8, 2880, 2880))),
+        (True, "layers_0/GptOssMlp/wo", Tiling((2, 1, 2880, 1440), (2, 1, 2880, 45), 0, (8, 1, 2880, 2880))),
+        # The whole leaf is 2.1 MiB, of which a 16th is too small.
+        (True, "layers_1/GptOssMlp/wi_1_bias", Tiling((32, 12, 2880), (4, 12, 2880), 0, (32, 12, 2880))),
         (True, "layers_1/GptOssAttention/sinks", Tiling((64, 12), (64, 12), 0, (64, 12))),
     ],
 )
@@ -252,13 +332,25 @@ def test_gpt_oss_spelled_out(scan: bool, suffix: str, expected: Tiling) -> None:
     assert tiles.choose(leaf, 2) == expected
 
 
-def test_a_kimi_expert_chunk_is_7_mib() -> None:
+def test_a_kimi_expert_chunk_is_14_mib() -> None:
     leaf = next(x for x in model_leaves(MODELS["Kimi-K2"], Layout(True)) if x.path.endswith("MoeBlock_0/wi_0"))
     tiling = tiles.choose(leaf, 2)
     assert nbytes(tiling.column, 2) == 112 * MIB
-    assert nbytes(tiling.chunk, 2) == 7 * MIB
-    assert nbytes(tiling.inner, 2) == 7 * MIB // 4
-    assert grid_size(leaf.shape, tiling.chunk) == 96 * 60 * 16
+    assert nbytes(tiling.chunk, 2) == 14 * MIB
+    assert nbytes(tiling.inner, 2) == 7 * MIB // 8
+    assert grid_size(leaf.shape, tiling.chunk) == 96 * 60 * 8
+
+
+def test_kimi_cut_for_meshes_spelled_out() -> None:
+    leaf = next(x for x in model_leaves(MODELS["Kimi-K2"], Layout(True)) if x.path.endswith("MoeBlock_0/wi_0"))
+
+    def inner(mesh: dict[str, int]) -> Shape:
+        return tiles.choose(leaf, 2, Sharding(mesh, axis_rules())).inner
+
+    assert inner({"fsdp": 256}) == (4, 1, 28, 2048)
+    assert inner({"expert": 64, "fsdp": 4}) == (3, 1, 896, 1024)  # The whole shard is 6 experts, 126 MiB.
+    assert inner({"fsdp": 16, "tensor": 4}) == (4, 1, 448, 512)
+    assert inner({"fsdp": 8, "fsdp_transpose": 8}) == (4, 1, 896, 256)
 
 
 def test_all_layers_of_an_unscanned_model_are_cut_alike() -> None:
@@ -298,8 +390,8 @@ def test_odd_sizes(name: str, layout: Layout) -> None:
         total += nbytes(leaf.shape, itemsize)
         assert nbytes(tiling.chunk, itemsize) <= CHUNK_BOUND.get(name, MAX_CHUNK_BYTES)
         assert nbytes(tiling.column, itemsize) <= COLUMN_BYTES
-        assert nbytes(tiling.chunk, itemsize) >= min(MIN_CHUNK_BYTES // 2, nbytes(leaf.shape, itemsize)) // 4
-    assert chunks <= 2 * count + 4 * total // MIB
+        assert nbytes(tiling.inner, itemsize) >= min(LEAST_INNER_BYTES, nbytes(tiling.column, itemsize))
+    assert chunks <= 2 * count + total // MIB
 
 
 def test_a_prime_vocabulary_sticks_out_at_the_end() -> None:
@@ -368,8 +460,9 @@ def test_any_leaf(case: tuple[Leaf, int]) -> None:
     assert nbytes(tiling.inner, itemsize) <= nbytes(tiling.chunk, itemsize) <= column
     if any(tiling.chunk[axis] % 2 == 0 for axis in range(len(leaf.shape)) if axis not in dict(leaf.stacked)):
         assert nbytes(tiling.chunk, itemsize) <= MAX_CHUNK_BYTES
-    # A half of MIN_CHUNK_BYTES on average, beside up to 31 parts of the experts, however small.
-    assert grid_size(leaf.shape, tiling.chunk) <= 2 * EXPERT_CHUNKS + 2 * whole // MIN_CHUNK_BYTES
+    assert nbytes(tiling.inner, itemsize) >= min(LEAST_INNER_BYTES, column)
+    # Beside up to 31 parts of the experts, however small.
+    assert grid_size(leaf.shape, tiling.chunk) <= 31 + 4 * whole // LEAST_INNER_BYTES
 
 
 def test_the_tiling_depends_on_shapes_alone() -> None:
