@@ -14,13 +14,17 @@ without which Orbax loads nothing.
 A killed run leaves an unfinished step. The next run continues in it (`_continuing`), where Orbax by itself would delete
 it.
 
-Reading goes through Orbax too, with a handler that opens each array in place of reading it whole.
+Reading goes through Orbax too: its tree metadata say which arrays there are, and each is opened in place of being read
+whole.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -50,8 +54,13 @@ ITEM = "items"
 # and only there so that a hang ends.
 _TIMEOUT_SECONDS = 7 * 24 * 3600
 
-_METADATA_FILE = "_CHECKPOINT_METADATA"
+# What Orbax writes into a step, and into an item that is a tree.
+STEP_METADATA_FILE = "_CHECKPOINT_METADATA"
+TREE_METADATA_FILE = "_METADATA"
 _COMMIT_FILE = "commit_success.txt"
+
+# The types of leaves that are stored as arrays, as the tree metadata calls them.
+_ARRAYS = frozenset(("jax.Array", "np.ndarray", "scalar"))
 
 Convert = Callable[[ChunkWriter], None]
 
@@ -205,11 +214,12 @@ def remove(output: epath.Path) -> None:
     if finished is None:
         return
     # First it is made an unfinished one, so that what is left of it after a kill never looks whole.
-    if in_bucket(output):
-        (finished / _COMMIT_FILE).unlink()
-    else:
-        finished = finished.rename(output / f"{STEP}.orbax-checkpoint-tmp-removed")
-    remove_tree(finished)
+    with contextlib.suppress(FileNotFoundError):  # Another run removes it too.
+        if in_bucket(output):
+            (finished / _COMMIT_FILE).unlink()
+        else:
+            finished = finished.rename(output / f"{STEP}.orbax-checkpoint-tmp-removed-{secrets.token_hex(4)}")
+        remove_tree(finished)
 
 
 def require_finished(output: epath.Path) -> epath.Path:
@@ -228,9 +238,10 @@ def require_finished(output: epath.Path) -> epath.Path:
 def read_custom_metadata(step: epath.Path) -> Mapping[str, Any]:
     """The custom metadata of a finished step; empty where there is none."""
     try:
-        custom = json.loads((step / _METADATA_FILE).read_text()).get("custom_metadata")
-    except (FileNotFoundError, json.JSONDecodeError):
+        metadata = json.loads((step / STEP_METADATA_FILE).read_text())
+    except (FileNotFoundError, ValueError):  # Not JSON, or not even text.
         return {}
+    custom = metadata.get("custom_metadata") if isinstance(metadata, dict) else None
     return custom if isinstance(custom, dict) else {}
 
 
@@ -313,45 +324,101 @@ def save(
         ) from error
 
 
-class _OpenHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
-    """Gives each array of a checkpoint as an open TensorStore in place of its values."""
+@dataclasses.dataclass(frozen=True)
+class _NamedLeaf:
+    """The type of a leaf, as the tree metadata calls it, and its name in storage."""
+
+    kind: str
+    name: str
+
+
+class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]
+    """Tells of which type each leaf is and what it is called, and reads nothing."""
+
+    def __init__(self, kind: str):
+        self._kind = kind
 
     def typestr(self) -> str:
-        """The type of the leaves that this handler reads."""
-        return "jax.Array"
+        """The type of the leaves, as the tree metadata calls it."""
+        return self._kind
 
-    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        raise NotImplementedError("open arrays have their own metadata")
+    async def metadata(self, infos: Sequence[Any]) -> Sequence["_NamedLeaf"]:
+        return [_NamedLeaf(self._kind, info.name) for info in infos]
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Any:
-        raise NotImplementedError("open arrays can only be read")
+        raise NotImplementedError("these leaves can only be named")
 
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[ts.TensorStore]:
-        return await asyncio.to_thread(self._open, infos)
-
-    def _open(self, infos: Sequence[Any]) -> list[ts.TensorStore]:
-        info = infos[0]
-        reader = ChunkReader(
-            epath.Path(info.parent_dir), ChunkFormat(ocdbt=info.is_ocdbt_checkpoint, zarr3=info.use_zarr3)
-        )
-        return [reader.open(info.name) for info in infos]
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Any:
+        raise NotImplementedError("these leaves can only be named")
 
 
-def open_arrays(output: epath.Path) -> dict[str, ts.TensorStore]:
+class _AnyType(ocp.type_handlers.TypeHandlerRegistry):  # type: ignore[misc]
+    """Has a `_LeafHandler` for every type of leaves."""
+
+    def add(self, ty: Any, handler: Any, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("all types are there")
+
+    def get(self, ty: Any) -> _LeafHandler:
+        return _LeafHandler(str(ty))
+
+    def has(self, ty: Any) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTree:
+    """The tree of an item, whatever program has written it with Orbax.
+
+    Attributes:
+        chunk_format: How its arrays are stored.
+        arrays: The arrays by path, open for reading.
+        others: What the other leaves are, by path: a text, or a node without leaves.
+    """
+
+    chunk_format: ChunkFormat
+    arrays: Mapping[str, ts.TensorStore]
+    others: Mapping[str, str]
+
+
+def is_finished(directory: epath.Path) -> bool:
+    """Whether the directory of a step, or of an item, has been committed."""
+    return bool(ocp_path.step.is_checkpoint_finalized(directory))
+
+
+def open_tree(item: epath.Path) -> StoredTree:
+    """Opens the arrays of an item. Reads metadata, and none of the values.
+
+    Raises:
+        OutputError: If it is damaged, or holds no tree.
+    """
+    try:
+        found = ocp.PyTreeCheckpointHandler(type_handler_registry=_AnyType()).metadata(item)
+        chunk_format = ChunkFormat(ocdbt=ocp.type_handlers.is_ocdbt_checkpoint(item), zarr3=bool(found.use_zarr3))
+        reader = ChunkReader(item, chunk_format)
+        names: dict[str, str] = {}
+        others: dict[str, str] = {}
+        for path, leaf in _flatten(found.tree):
+            if not isinstance(leaf, _NamedLeaf):
+                others[path] = f"an empty {type(leaf).__name__}"
+            elif leaf.kind in _ARRAYS:
+                names[path] = leaf.name
+            else:
+                others[path] = leaf.kind
+        with ThreadPoolExecutor() as pool:
+            arrays = dict(zip(names, pool.map(reader.open, names.values()), strict=True))
+    except Exception as error:  # Orbax, TensorStore and the backends of epath have errors of many types.
+        cause = first_line(error).partition(" [tensorstore_spec=")[0]
+        raise OutputError(f"{item}: the checkpoint is damaged and cannot be opened: {cause}") from error
+    return StoredTree(chunk_format, arrays, others)
+
+
+def open_arrays(output: epath.Path) -> Mapping[str, ts.TensorStore]:
     """The arrays of the finished checkpoint in an output directory, by path, open for reading.
 
     Raises:
         OutputError: If there is no finished checkpoint.
     """
-    step = require_finished(output)
-    registry = ocp.type_handlers.create_type_handler_registry((ts.TensorStore, _OpenHandler()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            tree = checkpointer.restore(step / ITEM, args=ocp.args.PyTreeRestore())
-    except (OSError, KeyError, TypeError, ValueError) as error:  # What Orbax and TensorStore raise for damaged files.
-        raise OutputError(f"{step}: the checkpoint is damaged and cannot be opened: {first_line(error)}") from error
-    return _flatten(tree)
+    return open_tree(require_finished(output) / ITEM).arrays
 
 
 def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,11 +432,7 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        path: leaf
-        for key, child in tree.items()
-        for path, leaf in _flatten(child, f"{prefix}/{key}" if prefix else key).items()
-    }
+def _flatten(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree, and its nodes without leaves, by path."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not node)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in found]

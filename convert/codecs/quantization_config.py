@@ -50,6 +50,9 @@ _MODELOPT_BLOCKS = {"FP8_BLOCK_SCALES": (128, 128), "FP8_PB_WO": (128, 128), "MX
 # Widths of packed integers that the codecs unpack.
 _BITS = frozenset(range(2, 9))
 
+# Packed integers are no wider than the words that hold them. Announcements may give 16 for modules left as they are.
+_WORD_BITS = 32
+
 # The group size with which GPTQ and AWQ announce that all columns share one scale.
 ONE_GROUP = -1
 
@@ -233,7 +236,7 @@ def _packed_words(method: str, found: Mapping[str, Any]) -> QuantizationConfig:
     return QuantizationConfig(
         method,
         f"{method} {layout if method == 'gptq' else version}",
-        bits=bits,
+        bits=frozenset(width for width in bits if 0 < width <= _WORD_BITS),
         group_sizes=frozenset(_sizes(sizes)) | ({ONE_GROUP} if ONE_GROUP in sizes else frozenset()),
         zero_stored_less_one=method == "gptq" and layout == "gptq",
         reordered=method == "gptq" and found.get("desc_act") is True,

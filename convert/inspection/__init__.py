@@ -1,0 +1,1 @@
+"""What a checkpoint holds, from headers and metadata alone: `slicecast inspect`."""
