@@ -104,8 +104,9 @@ class LogReader:
         for matched, file in sorted(found, key=lambda part: (part[0][1], int(part[0][2]), int(part[0][3]))):
             if file.name in self._read or run not in (None, matched[1]):
                 continue
-            self._read.add(file.name)
-            for line in file.read_text().splitlines():
+            lines = file.read_text().splitlines()
+            self._read.add(file.name)  # Not before: a part that storage fails to give is asked for again.
+            for line in lines:
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError:

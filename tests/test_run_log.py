@@ -155,8 +155,10 @@ def converted(
 def test_lines_of_json(converted: Any) -> None:
     """From every process: which waves it has and what became of each; from the first one, the plan and the end."""
     plan, _, processes = converted
-    assert [event["event"] for event in processes[0] if event["event"] != "wave"] == ["plan", "begin", "done"]
-    assert [event["event"] for event in processes[1] if event["event"] != "wave"] == ["begin"]
+    assert [event["event"] for event in processes[0] if event["event"] != "wave"] == [
+        *("plan", "begin", "end", "commit", "done"),
+    ]
+    assert [event["event"] for event in processes[1] if event["event"] != "wave"] == ["begin", "end", "commit"]
     for process, events in enumerate(processes):
         waves = [event for event in events if event["event"] == "wave"]
         expected = plan.waves[process]
@@ -173,6 +175,9 @@ def test_lines_of_json(converted: Any) -> None:
             assert event["rss_bytes"] > 50e6
             assert event["peak_rss_bytes"] > 50e6
             assert "digests" not in event
+        (end,) = (event for event in events if event["event"] == "end")
+        assert end["error"] is None
+        assert end["requests"] >= len(expected)
     waves = [event for events in processes for event in events if event["event"] == "wave"]
     assert sum(event["in_bytes"] for event in waves) == plan.in_bytes
     assert sum(event["written_bytes"] for event in waves) == plan.out_bytes
@@ -180,11 +185,16 @@ def test_lines_of_json(converted: Any) -> None:
 
 
 def test_the_log_beside_the_checkpoint(converted: Any) -> None:
-    """The same events, with the digest of each chunk."""
+    """The same events, with the digest of each chunk, and with what is converted how."""
     plan, output, processes = converted
     stored = list(LogReader(epath.Path(output / "slicecast-log")).new_events())
-    shown = [event for events in processes for event in events if event["event"] in ("begin", "wave")]
-    assert [{key: value for key, value in event.items() if key != "digests"} for event in stored] == shown
+    shown = [event for events in processes for event in events if event["event"] not in ("plan", "done")]
+    kept = ("digests", "facts", "metadata")
+    assert [{key: value for key, value in event.items() if key not in kept} for event in stored] == shown
+    (begin,) = (event for event in stored if "facts" in event)
+    assert begin["process"] == 0
+    assert begin["facts"]["plan"] == begin["metadata"]["slicecast"]["plan"] == plan.digest
+    assert begin["facts"]["leaves"].keys() == {planned.leaf.path for planned in plan.leaves}
     keys = [key for event in stored for key in event.get("digests", ())]
     assert len(keys) == len(set(keys)) == sum(planned.chunk_count for planned in plan.leaves)
 
