@@ -11,6 +11,7 @@ its time, and without the crc a flipped bit would be read without an error. zarr
 """
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import secrets
@@ -376,8 +377,10 @@ def remove_tree(directory: epath.Path) -> None:
     if in_bucket(directory):
         # gcsfs also removes the directories, which a bucket does not have, and fails.
         files(directory).delete_range(ts.KvStore.KeyRange()).result()
-    else:
-        directory.rmtree(missing_ok=True)
+        return
+    while directory.exists():
+        with contextlib.suppress(FileNotFoundError):  # Another run removes it too.
+            directory.rmtree(missing_ok=True)
 
 
 def _keys(store: dict[str, Any] | str, context: ts.Context) -> frozenset[str]:

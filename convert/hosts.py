@@ -8,14 +8,14 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from slicecast.convert.errors import OutputError, StorageError, UsageError
+from slicecast.convert.errors import OutputError, SlicecastError, StorageError, UsageError
 from slicecast.convert.memory import Machine
 
 # What `jax.distributed.initialize()` says where nothing tells it of other processes: a machine on its own.
@@ -122,6 +122,40 @@ def on_first(function: Callable[[], str]) -> str:
             raise kind(answer[kind.__name__])
     value: str = answer["value"]
     return value
+
+
+def on_all(function: Callable[[], str]) -> list[str]:
+    """What a function returns on each process, on all processes.
+
+    Raises:
+        SlicecastError: On every process, with the same exit code, if the function raises one on any.
+    """
+    if jax.process_count() == 1:
+        return [function()]
+    answer: dict[str, Any] = {}
+    raised = None
+    try:
+        answer["value"] = function()
+    except SlicecastError as error:
+        raised = error
+        answer = {"error": str(error), "exit_code": error.exit_code}
+    answers = [json.loads(text) for text in _gathered(json.dumps(answer))]
+    for process, theirs in enumerate(answers):
+        if "error" in theirs:
+            failure = raised or SlicecastError(f"process {process}: {theirs['error']}")
+            failure.exit_code = theirs["exit_code"]
+            raise failure
+    return [theirs["value"] for theirs in answers]
+
+
+def _gathered(text: str) -> list[str]:
+    """The texts of all processes."""
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.array([len(encoded)], np.int32))).reshape(-1)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(encoded)] = encoded
+    everyones = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    return [theirs[:length].tobytes().decode() for theirs, length in zip(everyones, lengths, strict=True)]
 
 
 def check_shared(output: epath.Path) -> None:

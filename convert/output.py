@@ -4,6 +4,8 @@
     <output>/slicecast-run             by which plan an unfinished one is written, and by whom; gone when it is finished
     <output>/slicecast-log/            what each process did, wave by wave (`run_log.py`)
     <output>/slicecast-summary.json    what the finished checkpoint is, and how it came about (`summary.py`)
+    <output>/slicecast-verification.json    what `verify` found in it (`verification/record.py`)
+    <output>/slicecast-report.html     a page on it for people (`report/files.py`)
 
 `slicecast-run` keeps two runs from writing into each other's checkpoint. It is created for one plan, and a run with
 another plan is refused while it is there. A run with the same plan takes it over, since after a preemption nobody can
@@ -24,9 +26,12 @@ from etils import epath
 from slicecast.convert import orbax_checkpoint
 from slicecast.convert.chunk_store import files, foreign_databases, remove_tree
 from slicecast.convert.errors import OutputError, UsageError, first_line
+from slicecast.convert.source.storage import check_package
 
 LOG_DIRECTORY = "slicecast-log"
 SUMMARY_FILE = "slicecast-summary.json"
+VERIFICATION_FILE = "slicecast-verification.json"
+REPORT_FILE = "slicecast-report.html"
 _RUN_FILE = "slicecast-run"
 
 # How long a run believes that the output is still its own. Until then two runs do the same work twice, no more.
@@ -54,12 +59,13 @@ def open_output(path: str) -> epath.Path:
     """The directory, or the path in a bucket, that a flag names.
 
     Raises:
-        UsageError: If nothing can be written there.
+        UsageError: If nothing can be written there, or a package that this takes is not installed.
     """
     scheme, separator, _ = path.partition("://")
     if not separator:
         return epath.Path(os.path.abspath(path))
     if scheme == "gs":
+        check_package(path)
         return epath.Path(path.rstrip("/"))
     raise UsageError(f"{path}: '{scheme}://' cannot be written. Give a directory, gs://bucket/path or hf://org/name.")
 
@@ -120,7 +126,9 @@ def _cleared(output: epath.Path, digest: str, *, ocdbt: bool) -> bytes | None:
     generation: bytes = files(output).write(_RUN_FILE, clearing).result().generation
     orbax_checkpoint.remove(output)
     remove_tree(output / LOG_DIRECTORY)
-    (output / SUMMARY_FILE).unlink(missing_ok=True)
+    # They tell of what was there.
+    for file in (SUMMARY_FILE, VERIFICATION_FILE, REPORT_FILE):
+        (output / file).unlink(missing_ok=True)
     return generation
 
 

@@ -13,12 +13,12 @@ import ml_dtypes  # Makes NumPy know bfloat16.
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from slicecast.convert import definition
 from slicecast.convert.codecs import detect, quantization_config
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.source.checkpoint import open_checkpoint
 from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.reader import Reader
+from slicecast.convert.verification import definition
 from slicecast.kernels.implementation import Implementation
 
 Tensors = Mapping[str, tuple[str, np.ndarray]]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slicecast.convert import verify
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.mapping import arrangement, ops
 from slicecast.convert.mapping.arrangement import Arrangement
 from slicecast.convert.mapping.ops import Slice, Split, Stride, Transpose
+from slicecast.convert.verification import against_source
 
 Array = np.ndarray[Any, Any]
 
@@ -34,7 +34,7 @@ def laid_out(found: Arrangement) -> Array:
     """The leaf that the ops make, in NumPy, of a source without two equal elements."""
     target = ops.target_shape(found.ops, found.shape)
     box = ops.boxes(found.ops, Box.whole(target), found.shape)[0]
-    return verify.layout(found.ops, numbered(found.shape)[box.slices])
+    return against_source.layout(found.ops, numbered(found.shape)[box.slices])
 
 
 # ---- Every form, spelled out

@@ -23,7 +23,7 @@ import stored as checkpoints
 import tiny_models
 from jax.sharding import Mesh
 
-from slicecast.convert import definition, device, verify
+from slicecast.convert import device
 from slicecast.convert.box import Box, Shape
 from slicecast.convert.codecs import detect
 from slicecast.convert.codecs.base import StoredTensor
@@ -35,6 +35,7 @@ from slicecast.convert.mapping.rules import ModelOptions
 from slicecast.convert.memory import chips_used
 from slicecast.convert.source.directory import Directory
 from slicecast.convert.source.safetensors_header import TensorInfo
+from slicecast.convert.verification import against_source, definition
 
 Array = npt.NDArray[Any]
 
@@ -172,7 +173,7 @@ def independent(tensor: StoredTensor, step: Step, parts: Sequence[Array]) -> Arr
                     file.seek(info.tensor.offset)
                     file.write(part[i].tobytes())
             x = definition.rows(Directory(directory), tensor, start, stop)
-        values.append(verify.layout(step.ops, x).reshape(step.element).astype(step.dtype))
+        values.append(against_source.layout(step.ops, x).reshape(step.element).astype(step.dtype))
     return np.stack(values)
 
 
@@ -267,7 +268,7 @@ def prepared(directory: Path, name: str, batch: int, rows: tuple[int, int], chai
     wanted = []
     for tensor in found:
         with np.errstate(all="ignore"):
-            values = verify.layout(chain, definition.rows(Directory(str(directory)), tensor, *rows))
+            values = against_source.layout(chain, definition.rows(Directory(str(directory)), tensor, *rows))
             wanted.append(values.reshape(element.shape).astype(ml_dtypes.bfloat16))
     return step, [np.stack(of_tensors) for of_tensors in zip(*arrays, strict=True)], np.stack(wanted)
 

@@ -13,7 +13,7 @@ import stored
 import tiny_models
 
 from slicecast.configs import families
-from slicecast.convert import definition, orbax_checkpoint
+from slicecast.convert import orbax_checkpoint
 from slicecast.convert.codecs import constant, joined, quantization_config
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.errors import PlanErrors, UnsupportedFormatError
@@ -23,6 +23,7 @@ from slicecast.convert.mapping.rules import Model, Rule, stacked
 from slicecast.convert.mapping.target import FP8, ROOT, Layout, Leaf, leaves
 from slicecast.convert.source.checkpoint import open_checkpoint
 from slicecast.convert.source.directory import Directory
+from slicecast.convert.verification import definition
 
 Array = np.ndarray[Any, Any]
 Stored = dict[str, tuple[str, Array]]

@@ -15,10 +15,10 @@ import stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slicecast.convert import definition
 from slicecast.convert.codecs import joined
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.source.directory import Directory
+from slicecast.convert.verification import definition
 
 Array = np.ndarray[Any, Any]
 Takes = tuple[tuple[int, int, int], ...]

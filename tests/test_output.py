@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -117,6 +118,12 @@ def test_places() -> None:
     assert str(output.open_output("gs://bucket/some/where/")) == "gs://bucket/some/where"
     with pytest.raises(UsageError, match="s3://bucket/x: 's3://' cannot be written"):
         output.open_output("s3://bucket/x")
+
+
+def test_a_bucket_without_the_package_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UsageError, match=r"gs://bucket/x: gcsfs is not installed. Run `pip install 'slice"):
+        output.open_output("gs://bucket/x")
 
 
 def test_a_new_output(tmp_path: Path) -> None:
@@ -416,8 +423,9 @@ def test_overwriting_a_finished_checkpoint(slicecast: Any, kimi: Path, llama: Pa
     data = {name for name in before if "/d/" in name}
     assert data
     assert data.isdisjoint(content(directory))
-    (log,) = (directory / "slicecast-log").iterdir()
-    assert log.name not in {Path(name).name for name in before}
+    parts = {part.name for part in (directory / "slicecast-log").iterdir()}
+    assert parts
+    assert parts.isdisjoint(Path(name).name for name in before)
     summary = json.loads((directory / "slicecast-summary.json").read_text())
     assert summary["source"] == str(kimi)
     assert len(summary["runs"]) == 1

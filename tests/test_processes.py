@@ -41,7 +41,7 @@ atexit.register(write)
 SMALL_TILES = """
 from slicecast.convert import tiles
 tiles.COLUMN_BYTES, tiles.MAX_CHUNK_BYTES, tiles.MAX_INNER_BYTES = 1 << 15, 1 << 13, 1 << 12
-tiles.MIN_CHUNK_BYTES, tiles.SMALL_BYTES, tiles.EMBED_CHUNKS = 1 << 10, 1 << 11, 4
+tiles.REQUEST_BYTES, tiles.SMALL_BYTES = 1 << 10, 1 << 11
 """
 
 # Process i fails after some of its work, as if its disk did.
@@ -117,7 +117,7 @@ def conversions(
             f"--base_output_directory={outputs[name]}",
             f"--host_memory_gb={budget}",
         ]
-        prelude = RECORD.format(directory=str(directory))
+        prelude = SMALL_TILES + RECORD.format(directory=str(directory))
         if processes > 1:
             module_slicecast.run_processes(*options, *layout.flags, processes=processes, prelude=prelude)
         else:

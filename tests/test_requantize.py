@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slicecast.convert import commands, orbax_checkpoint, requantize
+from slicecast.convert import commands, orbax_checkpoint
 from slicecast.convert.memory import GB, Machine
+from slicecast.convert.verification import requantize, strengths
 
 Array = npt.NDArray[Any]
 RunSlicecast = Callable[..., subprocess.CompletedProcess[str]]
@@ -109,7 +110,7 @@ def converted(module_slicecast: Any, kimi: Path, tmp_path_factory: pytest.TempPa
 
 
 def requantized(out: Path, source: Path) -> requantize.Requantized:
-    settings_of_run = commands.settings_of(out, str(source))
+    settings_of_run = strengths.settings_of(out, str(source))
     plan = commands.make_plan(settings_of_run, Machine(1, 1, GB, None))
     return requantize.compare(plan, orbax_checkpoint.open_arrays(out), 2)
 
@@ -140,7 +141,7 @@ def test_codes_and_scales_of_another_source_differ(
 
 def test_one_wrong_value_is_found(converted: Path, kimi: Path) -> None:
     """A single value that is a code off, in any leaf; the sentence says where it is in the source."""
-    plan = commands.make_plan(commands.settings_of(converted, str(kimi)), Machine(1, 1, GB, None))
+    plan = commands.make_plan(strengths.settings_of(converted, str(kimi)), Machine(1, 1, GB, None))
     arrays = dict(orbax_checkpoint.open_arrays(converted))
     path = next(path for path in arrays if path.endswith("MoeBlock_0/wo"))
     values = arrays[path].read().result()

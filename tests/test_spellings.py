@@ -11,7 +11,6 @@ import samples
 import stored
 import tiny_models
 
-from slicecast.convert import definition
 from slicecast.convert.codecs import quantization_config
 from slicecast.convert.errors import MissingTensorError, PlanErrors, UnusedTensorError
 from slicecast.convert.mapping import resolve
@@ -21,6 +20,7 @@ from slicecast.convert.mapping.rules import Ignore, Model, Rule, stacked
 from slicecast.convert.mapping.target import Layout
 from slicecast.convert.source.checkpoint import open_checkpoint
 from slicecast.convert.source.directory import Directory
+from slicecast.convert.verification import definition
 
 Array = np.ndarray[Any, Any]
 Stored = dict[str, tuple[str, Array]]

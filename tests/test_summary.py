@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 import xxhash
+from etils import epath
 from test_interruption import IN_THE_WAVES, SIGNAL
 from test_output import KILL
 
@@ -21,7 +22,7 @@ from slicecast.convert.chunk_store import ArraySpec, ChunkFormat, ChunkReader
 from slicecast.convert.memory import Machine
 from slicecast.convert.plan import Plan
 from slicecast.convert.settings import Settings
-from slicecast.convert.summary import leaf_digest, versions
+from slicecast.convert.summary import encode, leaf_digest, read, versions
 
 # By the names that tests have; whether chunks are in OCDBT databases, and whether they are zarr3's.
 FORMATS = {
@@ -35,7 +36,7 @@ FORMATS = {
 SMALL_TILES = """
 from slicecast.convert import tiles
 tiles.COLUMN_BYTES, tiles.MAX_CHUNK_BYTES, tiles.MAX_INNER_BYTES = 1 << 15, 1 << 16, 1 << 15
-tiles.MIN_CHUNK_BYTES, tiles.SMALL_BYTES, tiles.EMBED_CHUNKS = 1 << 12, 1 << 14, 4
+tiles.REQUEST_BYTES, tiles.SMALL_BYTES = 1 << 12, 1 << 14
 """
 BUDGET = "--host_memory_gb=0.002"
 
@@ -88,6 +89,11 @@ def plan(source: Path) -> Plan:
 def summary(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "slicecast-summary.json").read_text())
     return found
+
+
+def lasting(output: Path) -> dict[str, Any]:
+    """What a summary says, whenever it was written."""
+    return {key: value for key, value in summary(output).items() if key not in ("finished", "digest")}
 
 
 def hosts(output: Path) -> list[dict[str, Any]]:
@@ -160,16 +166,16 @@ def test_what_it_is_and_how_it_came_about(converted: Converted, llama: Path) -> 
 
 def test_the_same_command_writes_a_lost_one(slicecast: Any, converted: Converted, tmp_path: Path) -> None:
     """As where the run was killed after the commit; with the log, and without."""
-    expected = summary(converted.output)
+    expected = lasting(converted.output)
     arguments = [word.replace(str(converted.output), str(tmp_path)) for word in converted.arguments]
     shutil.copytree(converted.output, tmp_path, dirs_exist_ok=True)
     (tmp_path / "slicecast-summary.json").unlink()
     slicecast.run(*arguments, prelude=SMALL_TILES)
-    assert summary(tmp_path) == expected
+    assert lasting(tmp_path) == expected
     (tmp_path / "slicecast-summary.json").unlink()
     shutil.rmtree(tmp_path / "slicecast-log")
     slicecast.run(*arguments, prelude=SMALL_TILES)
-    assert summary(tmp_path) == {**expected, "runs": []}
+    assert lasting(tmp_path) == {**expected, "runs": []}
     assert not (tmp_path / "slicecast-run").exists()
 
 
@@ -177,16 +183,58 @@ def test_digests_that_differ_are_computed(slicecast: Any, llama: Path, tmp_path:
     """Two runs may have written a chunk, on different hardware; only storage knows which of them is there."""
     slicecast.run(*command(llama, tmp_path), prelude=SMALL_TILES)
     expected = summary(tmp_path)["leaves"]
-    (log,) = (tmp_path / "slicecast-log").iterdir()
-    events = [json.loads(line) for line in log.read_text().splitlines()]
+    log = tmp_path / "slicecast-log"
+    events = [json.loads(line) for part in log.iterdir() for line in part.read_text().splitlines()]
     wrong = {key: "00" * 16 for event in events for key in event.get("digests", ())}
     assert len(wrong) > len(expected)
     event = {"event": "wave", "time": 1.0, "run": "0000", "process": 0, "digests": wrong}
-    (log.parent / "0000-0-0.jsonl").write_text(json.dumps(event) + "\n")
+    (log / "0000-0-0.jsonl").write_text(json.dumps(event) + "\n")
     (tmp_path / "slicecast-summary.json").unlink()
     slicecast.run(*command(llama, tmp_path), prelude=SMALL_TILES)
     assert summary(tmp_path)["leaves"] == expected
     assert [run["run"] for run in summary(tmp_path)["runs"]] == ["0000", events[0]["run"]]
+
+
+def test_files_without_chunks(converted: Converted) -> None:
+    """Each has the digest of its bytes; the others are chunks, or lie in databases, which have checksums."""
+    step = converted.output / "0"
+    digests = summary(converted.output)["files"]
+    found = {str(path.relative_to(step)): path for path in step.rglob("*") if path.is_file()}
+    assert digests == {name: xxhash.xxh3_128_hexdigest(found[name].read_bytes()) for name in digests}
+    rest = found.keys() - digests.keys()
+    assert {"_CHECKPOINT_METADATA", "items/_METADATA"} <= digests.keys()
+    if converted.ocdbt:
+        assert all(path.parent.name == "d" for name, path in found.items() if name in rest)
+    else:
+        assert len(rest) > len(summary(converted.output)["leaves"])
+        assert not any(name.endswith(("/zarr.json", "/.zarray")) for name in rest)
+
+
+def test_a_summary_that_was_changed(slicecast: Any, llama: Path, tmp_path: Path) -> None:
+    """Whatever byte it is: also where JSON means the same."""
+    slicecast.run(*command(llama, tmp_path), prelude=SMALL_TILES)
+    file = tmp_path / "slicecast-summary.json"
+    right = file.read_bytes()
+    found = read(epath.Path(tmp_path))
+    for place in range(0, len(right), 3):
+        file.write_bytes(right[:place] + bytes([right[place] ^ 1]) + right[place + 1 :])
+        with pytest.raises(ValueError):
+            read(epath.Path(tmp_path))
+    file.write_bytes(right + b" ")
+    with pytest.raises(ValueError, match="not as it was written"):
+        read(epath.Path(tmp_path))
+    found["in_bytes"] += 1
+    file.write_text(encode(found))
+    with pytest.raises(ValueError, match="its own digest"):
+        read(epath.Path(tmp_path))
+
+
+def test_the_summary_of_an_earlier_version(converted: Converted, tmp_path: Path) -> None:
+    """It had neither digests of files nor one of its own."""
+    found = summary(converted.output)
+    del found["files"], found["digest"]
+    (tmp_path / "slicecast-summary.json").write_text(encode(found))
+    assert read(epath.Path(tmp_path)) == found
 
 
 class NoReader(ChunkReader):
@@ -221,10 +269,11 @@ def test_killed_before_the_log_was_written(slicecast: Any, llama: Path, tmp_path
     """The digests that nobody knows are computed."""
     done = slicecast.run(*command(llama, tmp_path), prelude=SMALL_TILES + KILL, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "slicecast-log").exists()
+    assert not any('"digests"' in part.read_text() for part in (tmp_path / "slicecast-log").iterdir())
     slicecast.run(*command(llama, tmp_path), prelude=SMALL_TILES)
-    (host,) = hosts(tmp_path)
-    assert 0 < host["written_bytes"] < plan(llama).out_bytes
+    killed, last = hosts(tmp_path)
+    assert killed["written_bytes"] == 0
+    assert 0 < last["written_bytes"] < plan(llama).out_bytes
     assert summary(tmp_path)["leaves"] == expected_leaves(tmp_path)
 
 

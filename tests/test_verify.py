@@ -17,12 +17,13 @@ import pytest
 import tensorstore as ts
 from safetensors.numpy import load_file, save_file
 
-from slicecast.convert import commands, tiles, verify
+from slicecast.convert import commands, tiles
 from slicecast.convert.box import Box
 from slicecast.convert.memory import Machine
 from slicecast.convert.plan import Plan
 from slicecast.convert.settings import Settings
-from slicecast.convert.verify import Difference
+from slicecast.convert.verification import against_source
+from slicecast.convert.verification.against_source import Difference, Region
 
 Array = npt.NDArray[Any]
 Leaves = dict[str, Array]
@@ -237,13 +238,19 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]
     return make
 
 
+def values(plan: Plan, arrays: dict[str, ts.TensorStore], report: Callable[[int], None]) -> list[Difference]:
+    """The differences that are found among all values."""
+    regions = list(map(Region.of, plan.boxes))
+    return against_source.differences(against_source.compare_values(plan, arrays, regions, report, 10**9))
+
+
 def compare(plan: Plan, leaves: Leaves) -> list[Difference]:
     """The differences that are found, through arrays in memory."""
     compared: list[int] = []
     arrays = {path: ts.array(np.ascontiguousarray(x)) for path, x in leaves.items()}
-    found = verify.compare_trees(plan, arrays)
+    found = against_source.compare_trees(plan, arrays)
     if not found:
-        found = verify.compare_values(plan, arrays, compared.append, 2)
+        found = values(plan, arrays, compared.append)
         assert sum(compared) == plan.out_bytes
     return found
 
@@ -264,7 +271,7 @@ def test_the_expected_values(sources: Callable[[str], Source], name: str, scan: 
     assert {planned.leaf.path for planned in plan.leaves} == set(truth)
     for planned in plan.leaves:
         wanted = truth[planned.leaf.path]
-        found = verify._expected(plan, planned, Box.whole(planned.leaf.shape))
+        found = against_source._expected(plan, planned, Box.whole(planned.leaf.shape))
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), planned.leaf.path
         assert np.array_equal(bits(found), bits(wanted)), planned.leaf.path
     assert compare(plan, truth) == []
@@ -276,7 +283,7 @@ def test_the_expected_values_of_each_box(
     sources: Callable[[str], Source], monkeypatch: pytest.MonkeyPatch, name: str, scan: bool
 ) -> None:
     """With tiles so small that leaves are cut along all of their axes."""
-    small = {"COLUMN": 600, "MIN_CHUNK": 100, "MAX_CHUNK": 400, "MAX_INNER": 200, "SMALL": 200}
+    small = {"COLUMN": 600, "REQUEST": 100, "MAX_CHUNK": 400, "MAX_INNER": 200, "SMALL": 200}
     for constant, nbytes in small.items():
         monkeypatch.setattr(tiles, f"{constant}_BYTES", nbytes)
     source = sources(name)
@@ -285,7 +292,7 @@ def test_the_expected_values_of_each_box(
     boxes = list(plan.boxes)
     assert len(boxes) > 2 * len(plan.leaves)
     for work in boxes:
-        found = verify._expected(plan, work.leaf, work.box)
+        found = against_source._expected(plan, work.leaf, work.box)
         wanted = truth[work.leaf.leaf.path][work.box.slices]
         assert np.array_equal(bits(found), bits(wanted)), (work.leaf.leaf.path, work.box)
     assert compare(plan, truth) == []
@@ -315,11 +322,11 @@ def test_rows_that_are_not_neighbors_are_an_error(sources: Callable[[str], Sourc
     (planned,) = [x for x in plan.leaves if x.leaf.path.endswith("query/kernel")]
     whole = Box.whole(planned.leaf.shape)
     with pytest.raises(ValueError, match="neighboring rows"):
-        verify._expected(plan, planned, whole.with_axis(-1, 0, 1))
+        against_source._expected(plan, planned, whole.with_axis(-1, 0, 1))
     plan = sources("llama3.1").plan(True)
     (planned,) = [x for x in plan.leaves if x.leaf.path.endswith("query/kernel")]
     with pytest.raises(ValueError, match="permutes"):
-        verify._expected(plan, planned, whole.with_axis(-1, 0, 4))
+        against_source._expected(plan, planned, whole.with_axis(-1, 0, 4))
 
 
 # ---- What is noticed
@@ -509,7 +516,7 @@ def test_data_that_cannot_be_read(sources: Callable[[str], Source]) -> None:
     context = ts.Context()
     arrays[path] = ts.open(spec, create=True, context=context).result()
     arrays[path].write(truth[path]).result()
-    assert verify.compare_values(plan, arrays, lambda _: None, 2) == []
+    assert values(plan, arrays, lambda _: None) == []
     store = ts.KvStore.open({"driver": "memory"}, context=context).result()
     (key,) = [key for key in store.list().result() if not key.endswith(b"zarr.json")]
     data = bytearray(store.read(key).result().value)
@@ -518,7 +525,7 @@ def test_data_that_cannot_be_read(sources: Callable[[str], Source]) -> None:
     wrong = truth[other].copy()
     wrong[0, 0, 0, 0] = 77
     arrays[other] = ts.array(wrong)
-    first, second = verify.compare_values(plan, arrays, lambda _: None, 2)
+    first, second = values(plan, arrays, lambda _: None)
     assert (first.path, second.path) == (other, path)
     assert first.detail.startswith("1 values differ; the first is at [0, 0, 0, 0]: ")
     assert "cannot be read" in second.detail
@@ -580,7 +587,7 @@ NAN, INFINITY, SUBNORMAL, ZERO, SMALLEST, TWICE = 0, 5, 7, 12, 14, 15
 def special_leaves(source: Source) -> tuple[Plan, Leaves]:
     """The leaves as `verify` expects them (checked above); the oracle's rounding is not made for NaNs."""
     plan = source.plan(True)
-    return plan, {x.leaf.path: verify._expected(plan, x, Box.whole(x.leaf.shape)) for x in plan.leaves}
+    return plan, {x.leaf.path: against_source._expected(plan, x, Box.whole(x.leaf.shape)) for x in plan.leaves}
 
 
 def verdict(source: Source, suffix: str, number: int, value: int) -> bool:
@@ -669,7 +676,7 @@ def test_the_sign_of_a_zero_counts(special: Source, suffix: str) -> None:
 def test_another_dtype_counts_as_computed(special: Source) -> None:
     """In float32 the embedding is converted, so its subnormals may be zeros; in bfloat16 it is copied."""
     plan = special.plan(True, "float32")
-    leaves = {x.leaf.path: verify._expected(plan, x, Box.whole(x.leaf.shape)) for x in plan.leaves}
+    leaves = {x.leaf.path: against_source._expected(plan, x, Box.whole(x.leaf.shape)) for x in plan.leaves}
     path = ending(leaves, MOVED)
     leaves[path] = np.where(np.abs(leaves[path]) < 2.0**-126, np.copysign(np.float32(0), leaves[path]), leaves[path])
     assert compare(plan, leaves) == []

@@ -14,12 +14,12 @@ import stored
 import tiny_models
 
 from slicecast.configs import families, maxtext
-from slicecast.convert import verify
 from slicecast.convert.box import Box
 from slicecast.convert.errors import ConfigError
 from slicecast.convert.mapping import ops, resolve
 from slicecast.convert.mapping.rules import ModelOptions, Rule
 from slicecast.convert.mapping.target import Layout, Leaf, leaves
+from slicecast.convert.verification import against_source
 
 Array: TypeAlias = npt.NDArray[Any]
 Config: TypeAlias = dict[str, Any]
@@ -306,7 +306,7 @@ def test_every_element_is_where_it_belongs(name: str) -> None:
     for path, leaf in vision.items():
         rule = leaf.rule
         needed = ops.boxes(rule.ops, Box.whole(leaf.shape), rule.shape)[0]
-        found = verify.layout(rule.ops, tensors[source_of(rule)][needed.slices])
+        found = against_source.layout(rule.ops, tensors[source_of(rule)][needed.slices])
         assert found.shape == leaf.shape
         elements = FORMULAS[name][path.removeprefix(ROOT)]
         np.testing.assert_array_equal(found, elements(tensors, *np.indices(leaf.shape, sparse=True)), strict=True)

@@ -19,14 +19,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import tensorstore as ts
 
-from slicecast.convert import definition, verify
 from slicecast.convert.codecs.base import StoredTensor
 from slicecast.convert.codecs.grouped import Grouped
 from slicecast.convert.mapping import ops
 from slicecast.convert.mapping.ops import Computing
 from slicecast.convert.plan import Plan, PlannedLeaf, WorkBox
 from slicecast.convert.source.storage import Storage
-from slicecast.convert.verify import Difference
+from slicecast.convert.verification import against_source, definition
+from slicecast.convert.verification.against_source import Difference
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -113,12 +113,12 @@ def _compare_box(plan: Plan, arrays: Mapping[str, ts.TensorStore], work: WorkBox
     planned, leaf = work.leaf, work.leaf.leaf
     values = arrays[leaf.path][work.box.slices].read().result()
     element = leaf.element_box(work.box)
-    start, stop = verify.source_rows(leaf.rule.ops, leaf.rule.shape, element)
+    start, stop = against_source.source_rows(leaf.rule.ops, leaf.rule.shape, element)
     back = ops.invert(leaf.rule.ops, leaf.rule.shape)
     groups = ambiguous = 0
     for coordinate in leaf.coordinates(work.box):
         tensor = planned.sources[coordinate]
-        rows = verify.layout(back, values[leaf.element_index(work.box, coordinate)].reshape(element.shape))
+        rows = against_source.layout(back, values[leaf.element_index(work.box, coordinate)].reshape(element.shape))
         of_tensor, alike, problem = _compare_rows(plan.checkpoint.storage, tensor, rows, start, stop)
         groups, ambiguous = groups + of_tensor, ambiguous + alike
         if problem:
