@@ -1,0 +1,1 @@
+"""`slicecast report`: one page that tells somebody who was not there what a conversion did."""
