@@ -1,85 +1,29 @@
-"""The command line.
-
-Flags carry MaxText's names, and MaxText's `key=value` spelling works too, so that a user of its converter swaps the
-program and keeps the rest of the command.
-"""
+"""The commands, from parsed flags (`flags.py`) to what is printed and the exit code."""
 
 import argparse
+import contextlib
 import dataclasses
-import difflib
 import json
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import metadata
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 from absl import app, flags, logging
-from absl.flags import argparse_flags
 from rich.console import Console
 
 from slicecast.convert import hosts, interruption
-from slicecast.convert.errors import SlicecastError, StoppedError, UsageError
+from slicecast.convert.errors import SlicecastError, StoppedError, UsageError, VerificationError
+from slicecast.convert.flags import parse
 from slicecast.convert.settings import Settings
 
 if TYPE_CHECKING:
     from slicecast.convert.conversion import Done
     from slicecast.convert.plan import Plan
 
-# Words of MaxText's commands that change nothing here, and why.
-_WITHOUT_EFFECT = {
-    "lazy_load_tensors": "weights are always streamed",
-    "eager_load_method": "weights are always streamed",
-    "hardware": "the devices that JAX finds are used; set JAX_PLATFORMS to choose others",
-    "skip_jax_distributed_system": "other hosts are found by JAX, or given with --coordinator_address",
-}
-
-_DESCRIPTION = "Turns Hugging Face checkpoints into sharded Orbax checkpoints that MaxText loads."
-
-_EXAMPLES = {
-    "convert": """examples:
-  slicecast convert --hf_model_path=/data/Kimi-K2.6 --base_output_directory=/data/kimi --model_name=kimi-k2-1t
-  slicecast convert hf_model_path=/data/Llama-3.1-8B base_output_directory=/data/llama scan_layers=false
-  slicecast convert --hf_model_path=moonshotai/Kimi-K2.6 --base_output_directory=gs://bucket/kimi
-  slicecast convert --hf_model_path=IN --base_output_directory=OUT --simulated_cpu_devices_count=8 --host_memory_gb=16
-
-Run the same command again to go on after an interruption. MaxText loads OUT/0/items.""",
-    "plan": """examples:
-  slicecast plan --hf_model_path=/data/Kimi-K2.6 --slice=v5e-16
-  slicecast plan --hf_model_path=/data/Kimi-K2.6 --host_memory_gb=96 --json""",
-    "verify": """examples:
-  slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6
-  slicecast verify /data/kimi --hf_model_path=/data/Kimi-K2.6 --requantize""",
-    "families": """examples:
-  slicecast families
-  slicecast families --json""",
-    "formats": """examples:
-  slicecast formats
-  slicecast formats --json""",
-}
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The parsed command line.
-
-    Raises:
-        UsageError: If a word or a value is not understood.
-    """
-    parser, commands = _parser()
-    parsed, unknown = parser.parse_known_args(_as_flags(arguments))  # type: ignore[no-untyped-call]
-    if unknown:
-        known = re.findall(r"--(\w+)", commands[parsed.command].format_help())
-        raise UsageError("; ".join(_unknown(word, known, parsed.command) for word in unknown))
-    result: argparse.Namespace = parsed
-    return result
-
-
-def _unknown(word: str, known: Sequence[str], command: str) -> str:
-    close = difflib.get_close_matches(word.lstrip("-").partition("=")[0], known, n=1)
-    hint = f"; did you mean --{close[0]}?" if close else f"; see slicecast {command} --help"
-    return f"'{word}' is not understood{hint}"
+# Commands that several processes carry out together.
+_ON_SEVERAL_HOSTS = ("convert", "verify")
 
 
 def run() -> None:
@@ -105,9 +49,15 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         _use_token(getattr(arguments, "hf_access_token", None))
         _start_jax(arguments)
-        return {"convert": _convert, "plan": _plan, "verify": _verify, "formats": _formats, "families": _families}[
-            arguments.command
-        ](arguments)
+        return {
+            "convert": _convert,
+            "plan": _plan,
+            "verify": _verify,
+            "report": _report,
+            "inspect": _inspect,
+            "formats": _formats,
+            "families": _families,
+        }[arguments.command](arguments)
     except (KeyboardInterrupt, StoppedError) as error:
         stopped = error if isinstance(error, StoppedError) else StoppedError("interrupted")
         print(f"slicecast: {stopped}; run the same command again to go on.", file=sys.stderr)
@@ -115,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     except SlicecastError as error:
         _print(error)
         exit_code = error.exit_code
-    if arguments.command == "convert" and jax.process_count() > 1:
+    if arguments.command in _ON_SEVERAL_HOSTS and jax.process_count() > 1:
         hosts.end_alone(exit_code)
     return exit_code
 
@@ -165,16 +115,80 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from slicecast.convert import commands
-    from slicecast.convert.output import open_output
+    from slicecast.convert.verification import sampling, strengths
 
-    console = Console(stderr=True)
-    output = open_output(arguments.output)
-    settings = commands.settings_of(output, arguments.hf_model_path, arguments.revision)
-    lines = commands.verify_checkpoint(settings, arguments.host_memory_gb, console, requantize_too=arguments.requantize)
-    for line in lines:
-        print(line)
+    if arguments.digests and (arguments.requantize or arguments.hf_model_path is not None):
+        raise UsageError("--digests needs no source: leave --hf_model_path and --requantize out, or --digests.")
+    if arguments.seed is not None and arguments.sample is None:
+        raise UsageError("--seed is for --sample.")
+    sample = strengths.SAMPLE if arguments.sample is not None else strengths.FULL
+    request = strengths.Request(
+        output=arguments.output,
+        strength=strengths.DIGESTS if arguments.digests else sample,
+        hf_model_path=arguments.hf_model_path,
+        revision=arguments.revision,
+        host_memory_gb=arguments.host_memory_gb,
+        regions=arguments.sample or sampling.DEFAULT_REGIONS,
+        seed=arguments.seed,
+        requantize=arguments.requantize,
+    )
+    first = jax.process_index() == 0
+    with _libraries_write_to_stderr():
+        found = strengths.verify_checkpoint(request, Console(stderr=True, quiet=not first))
+    if first and arguments.json:
+        print(json.dumps({"output": arguments.output, **dataclasses.asdict(found)}, indent=2))
+    elif first and found.right:
+        print("\n".join(found.right))
+    if first and found.wrong:
+        # Not raised: that would end this process before the others.
+        _print(VerificationError(strengths.describe(arguments.output, found)))
+    return VerificationError.exit_code if found.wrong else 0
+
+
+@contextlib.contextmanager
+def _libraries_write_to_stderr() -> Iterator[None]:
+    """Keeps apart what we print and the lines with which Gloo greets other processes on the standard output."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(ours, 1)
+        os.close(ours)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from slicecast.convert.output import open_output
+    from slicecast.convert.report import files
+
+    print(files.write_report(open_output(arguments.output), arguments.html))
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from slicecast.convert.inspection import contents, difference, show
+
+    if (arguments.path is None) == (arguments.diff is None):
+        raise UsageError("inspect takes either PATH or --diff A B.")
+    if arguments.path is not None:
+        found = contents.read(arguments.path, arguments.revision)
+        _show(contents.as_json(found) if arguments.json else show.lines(found, unfolded=arguments.all))
+        return 0
+    try:
+        comparison = difference.compare(*(contents.read(path, arguments.revision) for path in arguments.diff))
+    except SlicecastError as error:
+        _print(error)
+        return UsageError.exit_code  # Not that of a difference.
+    _show(
+        difference.as_json(comparison) if arguments.json else show.comparison_lines(comparison, unfolded=arguments.all)
+    )
+    return 1 if comparison.differences else 0
+
+
+def _show(content: Mapping[str, Any] | Iterable[str]) -> None:
+    """Prints JSON, or lines."""
+    print(json.dumps(content, indent=2) if isinstance(content, Mapping) else "\n".join(content))
 
 
 def _formats(arguments: argparse.Namespace) -> int:
@@ -214,38 +228,15 @@ def _start_jax(arguments: argparse.Namespace) -> None:
     if simulated is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated)
-    if arguments.command in ("verify", "formats", "families") or getattr(arguments, "slice", None) is not None:
+    if (
+        arguments.command in ("verify", "report", "inspect", "formats", "families")
+        or getattr(arguments, "slice", None) is not None
+    ):
         # Nothing is computed on devices, so none need be taken from another program.
         jax.config.update("jax_platforms", "cpu")
-    if arguments.command == "convert":
+    if arguments.command in _ON_SEVERAL_HOSTS:
         hosts.initialize(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
         interruption.end_on_sigterm()
-
-
-def _as_flags(arguments: Sequence[str]) -> list[str]:
-    """Turns MaxText's `key=value` words into flags; drops the words that change nothing, with a line that says so."""
-    words = []
-    skip_value = False
-    for position, word in enumerate(arguments):
-        if skip_value:
-            skip_value = False
-            continue
-        if word.endswith((".yml", ".yaml")) and not word.startswith("-") and "=" not in word:
-            _note(f"{word}: ignored; slicecast needs no config file")
-            continue
-        key, equals, _ = word.lstrip("-").partition("=")
-        if key in _WITHOUT_EFFECT:
-            _note(f"{word}: ignored; {_WITHOUT_EFFECT[key]}")
-            following = arguments[position + 1 : position + 2]
-            skip_value = not equals and bool(following) and not following[0].startswith("-") and "=" not in following[0]
-            continue
-        is_pair = bool(equals) and not word.startswith("-") and key.isidentifier()
-        words.append(f"--{word}" if is_pair else word)
-    return words
-
-
-def _note(text: str) -> None:
-    print(f"slicecast: {text}", file=sys.stderr)
 
 
 def _print(error: SlicecastError) -> None:
@@ -253,206 +244,3 @@ def _print(error: SlicecastError) -> None:
     print(f"slicecast: {type(error).__name__}: {lines[0]}", file=sys.stderr)
     for line in lines[1:]:
         print(f"  {line}", file=sys.stderr)
-
-
-class _Parser(argparse_flags.ArgumentParser):
-    """A parser that reports mistakes as `UsageError`, with a suggestion."""
-
-    def __init__(self, **kwargs: Any):
-        # Only our own flags: those that libraries define for themselves would drown them in the help.
-        super().__init__(inherited_absl_flags=None, allow_abbrev=False, **kwargs)  # type: ignore[no-untyped-call]
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. See {self.prog} --help.")
-
-
-def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and those of the subcommands by name."""
-    parser = _Parser(prog="slicecast", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"slicecast {metadata.version('slicecast')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    convert = _command(commands, "convert", "convert a checkpoint, or go on converting it")
-    _add_model_flags(convert)
-    convert.add_argument(
-        "--base_output_directory", metavar="DIR", required=True,
-        help="the result goes to DIR/0/items: a directory, gs://bucket/path, or hf://org/name",
-    )  # fmt: skip
-    convert.add_argument(
-        "--staging_directory", metavar="DIR",
-        help="where a checkpoint for hf:// is converted before it is uploaded (default: ~/.cache/slicecast/org/name)",
-    )  # fmt: skip
-    convert.add_argument(
-        "--overwrite", action="store_true",
-        help="remove another checkpoint that is in DIR, finished or not; make sure that no other run writes there",
-    )  # fmt: skip
-    convert.add_argument("--log_json", action="store_true", help="print events as JSON, one a line, on every host")
-    _add_memory_flags(convert)
-    _add_device_flags(convert)
-    convert.add_argument(
-        "--coordinator_address", metavar="HOST:PORT", help="where process 0 listens; found by JAX on TPUs"
-    )
-    convert.add_argument(
-        "--num_processes", metavar="N", type=_count, help="how many processes convert; found by JAX on TPUs"
-    )
-    convert.add_argument("--process_id", metavar="I", type=int, help="which of them this is; found by JAX on TPUs")
-
-    plan = _command(commands, "plan", "show what convert would do; reads headers only, writes nothing")
-    _add_model_flags(plan)
-    plan.add_argument(
-        "--base_output_directory", metavar="DIR", help="accepted so that a convert command can be planned"
-    )
-    _add_memory_flags(plan)
-    _add_device_flags(plan)
-    plan.add_argument("--slice", metavar="NAME", help="plan for a TPU slice, for example v5e-16")
-    plan.add_argument("--hosts", metavar="N", type=_count, help="plan for this many hosts")
-    plan.add_argument("--json", action="store_true", help="print JSON")
-
-    verify = _command(commands, "verify", "compare a finished checkpoint with its source, bit for bit")
-    verify.add_argument("output", metavar="OUT", help="the --base_output_directory of the conversion")
-    _add_source_flags(verify)
-    verify.add_argument("--host_memory_gb", metavar="GB", type=_positive, help="memory to use, in GB")
-    verify.add_argument(
-        "--requantize", action="store_true",
-        help="quantize INT4 weights again, compare codes and scales; for releases trained as INT4, such as Kimi-K2.6",
-    )  # fmt: skip
-
-    formats = _command(commands, "formats", "list the formats of weights that convert")
-    formats.add_argument("--json", action="store_true", help="print JSON")
-
-    families = _command(commands, "families", "list the model families that convert, and how each was checked")
-    families.add_argument("--json", action="store_true", help="print JSON")
-    families.add_argument("--maxtext_version", metavar="VERSION", help="the MaxText release whose models are listed")
-    return parser, {"convert": convert, "plan": plan, "verify": verify, "formats": formats, "families": families}
-
-
-def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary.capitalize() + ".",
-        epilog=_EXAMPLES[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
-def _add_source_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--hf_model_path", metavar="SOURCE", required=True,
-        help="the Hugging Face checkpoint: a directory, gs:// or https://, or org/name on the Hub",
-    )  # fmt: skip
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub (default: main)")
-    parser.add_argument(
-        "--hf_access_token", metavar="TOKEN",
-        help="for the Hub (default: HF_TOKEN, HF_AUTH_TOKEN, or the token of `hf auth login`)",
-    )  # fmt: skip
-
-
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    _add_source_flags(parser)
-    _add_boolean(
-        parser, "--scan_layers", True,
-        "stack the layers into one leaf, as MaxText does by default (default: true)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--param_scan_axis", metavar="AXIS", type=int, choices=(0, 1), default=1,
-        help="where the layer axis stands in a stacked leaf (default: 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--save_dtype", choices=("bfloat16", "float32", "float8_e4m3fn"), default="bfloat16",
-        help="the dtype of the weights (default: bfloat16); a few small leaves are always float32, see docs/dtypes.md; "
-        "float8_e4m3fn keeps FP8 weights and their scales as they are, for MaxText's *-fp8 models",
-    )  # fmt: skip
-    _add_boolean(
-        parser, "--checkpoint_storage_use_ocdbt", True,
-        "store chunks in a database (default: true); false, for Pathways, stores each as a file",
-    )  # fmt: skip
-    _add_boolean(
-        parser, "--checkpoint_storage_use_zarr3", True,
-        "store arrays as zarr3 (default: true); false is zarr 2, which has no checksums",
-    )  # fmt: skip
-    parser.add_argument("--model_name", metavar="NAME", help="MaxText's name of the model, to check the result against")
-    parser.add_argument(
-        "--rope_type",
-        choices=("default", "llama3.1", "yarn"),
-        help="MaxText's rope_type, if you will run the model with another one",
-    )
-    parser.add_argument(
-        "--maxtext_version", metavar="VERSION",
-        help="the MaxText release that will load the result (default: the newest known one)",
-    )  # fmt: skip
-    _add_boolean(
-        parser, "--enable_mtp", False,
-        "convert the layers for multi-token prediction too, for MaxText's mtp_num_layers",
-    )  # fmt: skip
-    _add_boolean(
-        parser, "--use_multimodal", None,
-        "convert vision and audio encoders too, or not (default: as MaxText's model does)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--vocab_size", metavar="N", type=_count,
-        help="MaxText's vocab_size: rows of zeros are added to the embedding, or its last rows are left out",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ignore_extra", metavar="REGEX", type=_pattern,
-        help="leave out tensors that the model has no place for, if REGEX matches their whole name",
-    )  # fmt: skip
-    _add_boolean(
-        parser, "--override_model_config", False,
-        "let the model's sizes differ from those that MaxText has for --model_name",
-    )  # fmt: skip
-
-
-def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--host_memory_gb", metavar="GB", type=_positive,
-        help="bytes in flight on each host at most, in GB (default: three quarters of the free memory)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--device_memory_gb", metavar="GB", type=_positive,
-        help="memory of each chip to use at most, in GB (default: three quarters of it)",
-    )  # fmt: skip
-
-
-def _add_device_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--simulated_cpu_devices_count", metavar="N", type=_count,
-        help="run on the CPU, as this many devices (default: the devices that JAX finds)",
-    )  # fmt: skip
-
-
-def _add_boolean(parser: argparse.ArgumentParser, name: str, default: bool | None, help: str) -> None:
-    """A flag that is given alone, or with one of MaxText's spellings of a truth value."""
-    parser.add_argument(name, metavar="BOOL", type=_boolean, nargs="?", const=True, default=default, help=help)
-
-
-def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-    return values[text.lower()]
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from None
-    return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above zero")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above zero")
-    return value

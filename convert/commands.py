@@ -1,29 +1,23 @@
-"""What `plan` and `verify` do, from settings to results; `convert` is in `conversion.py`."""
+"""What `plan` does, from settings to results; the others are in `conversion.py` and `verification.py`."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
 
 import jax
-from etils import epath
-from rich.console import Console
 
 from slicecast.configs import families, maxtext, slices
-from slicecast.convert import orbax_checkpoint, plan, requantize, verify
+from slicecast.configs.hosts import CPU_HOSTS, Host
+from slicecast.convert import plan
 from slicecast.convert.codecs import quantization_config
-from slicecast.convert.errors import OutputError, TargetError, UsageError, VerificationError
+from slicecast.convert.errors import TargetError
 from slicecast.convert.mapping import resolve
 from slicecast.convert.mapping.rules import Ignore, ModelOptions
 from slicecast.convert.mapping.target import Layout
-from slicecast.convert.memory import GB, Machine, available_host_bytes
-from slicecast.convert.output import open_output
+from slicecast.convert.memory import GB, Machine, available_host_bytes, default_budget
 from slicecast.convert.plan import Plan
-from slicecast.convert.requantize import Requantized
 from slicecast.convert.settings import Settings
+from slicecast.convert.sharding import Sharding, axis_rules, mesh
 from slicecast.convert.source.checkpoint import open_checkpoint
-
-# The part of free memory that is used where the user gives no budget; the rest is for the program itself and for
-# others.
-_DEFAULT_SHARE = 0.75
 
 # Settings that say what the result is; `verify` finds them in the checkpoint's metadata.
 RECORDED = (
@@ -35,11 +29,9 @@ RECORDED = (
     "use_multimodal",
     "vocab_size",
     "maxtext_version",
+    "parallelism",
     "ignore_extra",
 )
-
-# Boxes compared at once by `verify`; NumPy lets go of the interpreter for most of the work.
-_VERIFY_WORKERS = 2
 
 
 def make_plan(settings: Settings, machine: Machine) -> Plan:
@@ -79,23 +71,34 @@ def make_plan(settings: Settings, machine: Machine) -> Plan:
             use_multimodal=settings.use_multimodal,
             version=version,
         )
+    sharding = None
+    if settings.parallelism is not None:
+        rules = axis_rules(version, settings.model_name)
+        sharding = Sharding(mesh(settings.parallelism), rules)
+        sharding.check(item.leaf for item in resolved)
     description = quantization.description if quantization else "not quantized"
-    return plan.make(checkpoint, model, layout, description, resolved, ignored, machine)
+    return plan.make(checkpoint, model, layout, description, resolved, ignored, machine, sharding)
 
 
 def machine_for_planning(settings: Settings) -> Machine:
     """The machines that `plan` plans for: those of `--slice` and `--hosts`, or this one."""
-    if settings.slice is not None:
-        described = slices.parse(settings.slice)
-        generation = described.generation
-        return Machine(
-            hosts=settings.hosts or described.hosts,
-            devices=described.chips_of_each_host,
-            host_bytes=_bytes(settings.host_memory_gb, generation.host_gb * GB),
-            device_bytes=_bytes(settings.device_memory_gb, generation.chip_gb * GB),
-        )
-    here = this_machine(settings)
-    return Machine(settings.hosts or here.hosts, here.devices, here.host_bytes, here.device_bytes)
+    if settings.slice is None:
+        here = this_machine(settings)
+        described = Host("this machine", os.cpu_count() or 1, round(available_host_bytes() / GB, 1), None)
+        if here.device_bytes is not None:
+            # Which chips they are matters little: they and PCIe are the fastest stages.
+            described = dataclasses.replace(described, chips=here.devices, chip=slices.GENERATIONS["v5e"].host.chip)
+        return dataclasses.replace(here, hosts=settings.hosts or here.hosts, host=described)
+    if settings.slice in CPU_HOSTS:
+        machine = Machine.of(CPU_HOSTS[settings.slice], settings.hosts or 1)
+    else:
+        described_slice = slices.parse(settings.slice)
+        machine = Machine.of(described_slice.host, settings.hosts or described_slice.hosts)
+    if settings.host_memory_gb is not None:
+        machine = dataclasses.replace(machine, host_bytes=int(settings.host_memory_gb * GB))
+    if settings.device_memory_gb is not None and machine.device_bytes is not None:
+        machine = dataclasses.replace(machine, device_bytes=int(settings.device_memory_gb * GB))
+    return machine
 
 
 def this_machine(settings: Settings) -> Machine:
@@ -114,84 +117,4 @@ def this_machine(settings: Settings) -> Machine:
 
 
 def _bytes(gigabytes: float | None, available: int) -> int:
-    return int(available * _DEFAULT_SHARE) if gigabytes is None else int(gigabytes * GB)
-
-
-def settings_of(output: epath.Path, hf_model_path: str, revision: str | None = None) -> Settings:
-    """The settings that a finished checkpoint was made with, from its metadata.
-
-    Raises:
-        OutputError: If there is no finished checkpoint, or slicecast did not make it.
-    """
-    step = orbax_checkpoint.require_finished(output)
-    own = orbax_checkpoint.read_own_metadata(step)
-    if not own:
-        raise OutputError(f"{step}: this checkpoint was not written by slicecast; verify can only check its own.")
-    recorded = str(own.get("source"))
-    if revision is None and recorded.startswith(f"hf://{hf_model_path.removeprefix('hf://')}@"):
-        hf_model_path = recorded  # The commit, wherever its branch is by now.
-    return Settings(
-        hf_model_path=hf_model_path,
-        revision=revision,
-        base_output_directory=str(output),
-        scan_layers=bool(orbax_checkpoint.read_custom_metadata(step)["scan_layers"]),
-        override_model_config=True,
-        **{name: own[name] for name in RECORDED if name in own},
-    )
-
-
-def verify_checkpoint(
-    settings: Settings, host_memory_gb: float | None, console: Console, *, requantize_too: bool = False
-) -> Sequence[str]:
-    """Compares a finished checkpoint with its source.
-
-    Args:
-        settings: The settings that it was made with; see `settings_of`.
-        host_memory_gb: Memory to use, in GB; None for a part of what is free.
-        console: Where something is shown meanwhile.
-        requantize_too: Whether to quantize INT4 leaves again too, and to compare codes and scales.
-
-    Returns:
-        A line for each thing that was checked and found right.
-
-    Raises:
-        VerificationError: Naming each leaf that differs.
-        OutputError: If there is no finished checkpoint of ours.
-        UsageError: If there is nothing to quantize again.
-    """
-    output = open_output(str(settings.base_output_directory))
-    machine = Machine(1, 1, _bytes(host_memory_gb, available_host_bytes()), None)
-    made = make_plan(settings, machine)
-    arrays = orbax_checkpoint.open_arrays(output)
-    differences = verify.compare_trees(made, arrays)
-    if not differences:
-        with console.status("comparing"):
-            differences = verify.compare_values(made, arrays, lambda _: None, _VERIFY_WORKERS)
-    if differences:
-        raise VerificationError(
-            f"{output}: {len(differences)} of {len(made.leaves)} leaves differ from the source:\n"
-            + "\n".join(map(str, differences))
-        )
-    values = sum(planned.nbytes // planned.itemsize for planned in made.leaves)
-    lines = [f"{len(made.leaves)} leaves, {values} values: all equal to the source, bit for bit"]
-    if requantize_too:
-        with console.status("quantizing again"):
-            lines.append(_requantized(requantize.compare(made, arrays, _VERIFY_WORKERS), output))
-    return lines
-
-
-def _requantized(found: Requantized, output: epath.Path) -> str:
-    if not found.leaves:
-        raise UsageError("--requantize: no leaf of this checkpoint comes from symmetric INT4 weights alone.")
-    if found.differences:
-        raise VerificationError(
-            f"{output}: {len(found.differences)} of {found.leaves} INT4 leaves do not give the source's codes and "
-            "scales when they are quantized again:\n" + "\n".join(map(str, found.differences))
-        )
-    alike = ""
-    if found.ambiguous:
-        alike = f"; the scales of {found.ambiguous} groups have a neighbor that gives the same values"
-    return (
-        f"{found.leaves} INT4 leaves, {found.groups} groups: quantized again, they give the source's codes and scales"
-        f"{alike}"
-    )
+    return default_budget(available) if gigabytes is None else int(gigabytes * GB)

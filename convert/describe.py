@@ -3,18 +3,23 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from slicecast.configs import families, maxtext
+from slicecast.configs import families, maxtext, slices
+from slicecast.convert import estimate as estimating
 from slicecast.convert.codecs.formats import FORMATS
+from slicecast.convert.estimate import Estimate
 from slicecast.convert.memory import GB
 from slicecast.convert.plan import Plan, PlannedLeaf
 
 # Leaves shown in full; an unscanned Kimi-K2 has a thousand.
 _LARGEST = 8
+
+# The generation whose slices are searched where the plan is for none: that with the smallest hosts and chips.
+_SMALLEST_GENERATION = "v5e"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -45,7 +50,69 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "device_budget_bytes": machine.device_bytes,
         "device_bytes_in_flight": None if machine.device_bytes is None else plan.device_bytes_in_flight,
         "digest": plan.digest,
+        "estimate": None if machine.host is None else _estimate_as_json(plan, estimating.estimate(plan)),
     }
+
+
+def _estimate_as_json(plan: Plan, estimate: Estimate) -> dict[str, Any]:
+    """What the plan will take, and which machines would do."""
+    slowest = estimate.slowest
+    generation = _generation(estimate)
+    return {
+        "host": estimate.host.name,
+        "measured": False,
+        "seconds": round(estimate.seconds, 1),
+        "start_seconds": round(estimate.start_seconds, 1),
+        "bottleneck": slowest.bottleneck,
+        "stages_of_slowest_host": [
+            {"stage": stage.name, "resource": stage.resource, "seconds": round(stage.seconds, 2)}
+            for stage in slowest.stages
+        ],
+        "requests": estimate.requests,
+        "stored_bytes": estimate.stored_bytes,
+        "objects": estimate.objects,
+        "peak_host_bytes": estimate.peak_host_bytes,
+        "base_host_bytes": estimating.BASE_HOST_BYTES,
+        "traffic": _traffic(plan.checkpoint.path),
+        "chip_hours": round(estimate.chip_hours, 3),
+        "host_hours": round(estimate.host_hours, 3),
+        "per_host": [
+            {
+                "in_bytes": host.in_bytes,
+                "out_bytes": host.out_bytes,
+                "stored_bytes": host.stored_bytes,
+                "requests": host.requests,
+                "waves": host.waves,
+                "seconds": round(host.seconds, 1),
+            }
+            for host in estimate.hosts
+        ],
+        "smallest_slice": _smallest_as_json(estimating.smallest_slice(plan, generation)),
+        "smallest_slice_to_load": estimating.smallest_slice_to_load(plan, generation),
+        "smallest_cpu_host": _smallest_as_json(estimating.smallest_cpu_host(plan)),
+    }
+
+
+def _smallest_as_json(found: tuple[str, Estimate] | None) -> dict[str, Any] | None:
+    return None if found is None else {"name": found[0], "seconds": round(found[1].seconds, 1)}
+
+
+def _generation(estimate: Estimate) -> str:
+    """The generation whose slices are searched."""
+    chip = estimate.host.chip
+    if chip is None:
+        return _SMALLEST_GENERATION
+    return next(name for name, generation in slices.GENERATIONS.items() if generation.host.chip == chip)
+
+
+def _traffic(source: str) -> str:
+    """What kind of traffic reading the source is, for its price."""
+    match source.partition("://")[0]:
+        case "hf" | "https" | "http":
+            return "from the internet"
+        case "gs":
+            return "from a bucket; from another region it has a price"
+    return "from a file system"
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -93,7 +160,50 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{_size(plan.host_bytes_in_flight)} in flight at most; the budget is {_size(machine.host_bytes)}",
     )
     yield "chip memory", _chip_memory(plan)
+    if facts["estimate"] is not None:
+        yield from _expectations(facts["estimate"])
     yield "plan", plan.digest[:12]
+
+
+def _expectations(estimate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the plan will take, from its JSON."""
+    per_host = estimate["per_host"]
+    incoming = _range([host["in_bytes"] for host in per_host], _size)
+    outgoing = _range([host["stored_bytes"] for host in per_host], _size)
+    yield "traffic", f"{incoming} in and about {outgoing} out a host, compressed; {estimate['requests']} reads"
+    yield (
+        "peak memory",
+        f"about {_size(estimate['peak_host_bytes'])} a host, of which {_size(estimate['base_host_bytes'])} for the "
+        "program itself",
+    )
+    yield (
+        "time",
+        f"about {duration(estimate['seconds'])} on {len(per_host)} x {estimate['host']}, an estimate"
+        f"{', not measured on a TPU' if estimate['chip_hours'] else ''}; the bottleneck: {estimate['bottleneck']}",
+    )
+    stages = [f"{stage['stage']} {duration(stage['seconds'])}" for stage in estimate["stages_of_slowest_host"]]
+    yield "stages", f"start {duration(estimate['start_seconds'])}; then, overlapping, {', '.join(stages)}"
+    kind = "chip" if estimate["chip_hours"] else "host"
+    yield (
+        "cost",
+        f"{estimate[f'{kind}_hours']:.2f} {kind}-hours; {estimate['requests']} reads {estimate['traffic']}; "
+        f"about {estimate['objects']} objects written",
+    )
+    smallest = [
+        f"{found['name']} in about {duration(found['seconds'])}"
+        for found in (estimate["smallest_slice"], estimate["smallest_cpu_host"])
+        if found is not None
+    ]
+    loads = estimate["smallest_slice_to_load"]
+    fits = f"the weights fit the chips of {loads}" if loads else "no slice's chips hold the weights"
+    yield "smallest", f"{' or '.join(smallest) or 'no known machine suffices'}; {fits}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _how_often(plan: Plan) -> str:

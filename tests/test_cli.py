@@ -1,26 +1,21 @@
-"""The command line: how it may be spelled, what it says, how it ends; and the lines that show progress."""
+"""The command line: how it may be spelled, what it says, how it ends."""
 
 import importlib.util
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from absl import logging
-from rich.console import Console
 
 from slicecast.convert import cli, commands, describe
 from slicecast.convert.errors import PlanErrors, ReadError, SlicecastError, UsageError
 from slicecast.convert.memory import Machine
-from slicecast.convert.pipeline import WaveReport
-from slicecast.convert.progress import ProgressDisplay
 from slicecast.convert.settings import Settings
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_checkpoint.py"
@@ -84,7 +79,7 @@ def test_what_a_plain_command_means() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    names = set(parsed("convert", *PATHS)) | set(parsed("plan", *PATHS))
+    names = set(parsed("convert", *PATHS, "--ici_fsdp_parallelism=2")) | set(parsed("plan", *PATHS))
     assert set(Settings.__dataclass_fields__) <= names
 
 
@@ -234,7 +229,6 @@ def test_flags_are_not_abbreviated() -> None:
         (("convert", "--hf_model_path=/in"), "--base_output_directory"),
         (("plan",), "--hf_model_path"),
         (("verify", "--hf_model_path=/in"), "OUT"),
-        (("verify", "/out"), "--hf_model_path"),
         (("plan", *PATHS, "--scan_layers=maybe"), "--scan_layers"),
         (("plan", *PATHS, "--param_scan_axis=2"), "--param_scan_axis"),
         (("plan", *PATHS, "--save_dtype=float16"), "--save_dtype"),
@@ -413,163 +407,6 @@ def test_processes_end_with_the_code(checkpoint: Path) -> None:
     assert usage == "slicecast: UsageError: '--jason' is not understood; did you mean --json?\n"
     assert missing.startswith("slicecast: MissingFileError: /nowhere: ")
     assert missing.count("\n") == 1
-
-
-# ---- Progress
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        """The time."""
-        return self.now
-
-
-def wave(in_gb: int, out_gb: int, was_finished: bool = False) -> WaveReport:
-    """What became of a wave that stands for so much."""
-    done = out_gb * GB
-    return WaveReport(0, done) if was_finished else WaveReport(0, done, in_gb * GB, done)
-
-
-class Display:
-    """A display of a process with 10 waves of 1 GB in and 4 GB out each, that writes into a string."""
-
-    def __init__(self, *, terminal: bool = False, label: str = "", waves: int = 10):
-        self.clock, self.text = Clock(), io.StringIO()
-        console = Console(file=self.text, force_terminal=terminal, width=300)
-        self.display = ProgressDisplay(console, waves, waves * 4 * GB, 16 * GB, label, self.clock)
-
-    def report(self, seconds: float, was_finished: bool = False) -> list[str]:
-        """Ends a wave so many seconds after the start; the lines that this adds."""
-        before = len(self.text.getvalue())
-        self.clock.now = 1000.0 + seconds
-        self.display.report(wave(1, 4, was_finished))
-        return self.text.getvalue()[before:].splitlines()
-
-
-LINE = re.compile(
-    r"(?P<label>.*)wave (?P<wave>\d+)/(?P<waves>\d+)"
-    r"  in (?P<read>[\d.]+) GB \((?P<read_rate>[\d.]+) GB/s\)"
-    r"  out (?P<out>[\d.]+) GB \((?P<out_rate>[\d.]+) GB/s\)"
-    r"  rss (?P<rss>[\d.]+) GB \(budget (?P<budget>[\d.]+) GB\)  left (?P<left>\S+)"
-)
-
-
-def fields(line: str) -> dict[str, str]:
-    match = LINE.fullmatch(line)
-    assert match is not None, line
-    return match.groupdict()
-
-
-def test_a_line_every_five_seconds_and_at_the_end() -> None:
-    shown = Display()
-    assert [len(shown.report(t)) for t in (1, 4.9, 5, 6, 9.9, 10.1, 15, 15.2, 15.3, 15.4)] == [
-        0,
-        0,
-        1,
-        0,
-        0,
-        1,
-        0,
-        1,
-        0,
-        1,
-    ]
-
-
-def test_what_a_line_says() -> None:
-    shown = Display(label="host 0 of 4: ")
-    shown.report(1)
-    (line,) = shown.report(8)
-    found = fields(line)
-    # 2 GB read and 8 GB written in 8 s; 32 GB are left, at 1 GB/s.
-    assert float(found.pop("rss")) > 0.05
-    assert found == {
-        "label": "host 0 of 4: ",
-        "wave": "2",
-        "waves": "10",
-        "read": "2.00",
-        "read_rate": "0.25",
-        "out": "8.00",
-        "out_rate": "1.00",
-        "budget": "16",
-        "left": "0m32s",
-    }
-
-
-@pytest.mark.parametrize(("seconds", "left"), [(6, "0m54s"), (30, "4m30s"), (400, "1h00m"), (4000, "10h00m")])
-def test_the_time_that_is_left(seconds: float, left: str) -> None:
-    """Nine waves after the first took so long."""
-    (line,) = Display().report(seconds)
-    assert fields(line)["left"] == left
-
-
-def test_waves_of_an_earlier_run_do_not_count_as_speed() -> None:
-    shown = Display()
-    for _ in range(5):
-        shown.report(0.1, was_finished=True)
-    (line,) = shown.report(8)
-    found = fields(line)
-    assert (found["wave"], found["read"], found["out"]) == ("6", "1.00", "4.00")
-    # 16 GB are left, at half a GB a second.
-    assert found["left"] == "0m32s"
-    assert (shown.display.waves, shown.display.resumed) == (6, 5)
-
-
-def test_nothing_is_known_before_anything_is_written() -> None:
-    (line,) = Display().report(6, was_finished=True)
-    assert fields(line)["left"] == "?"
-
-
-def test_nothing_is_left_at_the_end() -> None:
-    shown = Display(waves=2)
-    shown.report(3)
-    (line,) = shown.report(4)
-    assert fields(line)["left"] == "0m00s"
-
-
-def test_nothing_is_left_where_all_was_finished_before() -> None:
-    (line,) = Display(waves=1).report(0.1, was_finished=True)
-    assert fields(line)["left"] == "0m00s"
-
-
-def test_a_clock_that_stands_still() -> None:
-    (line,) = Display(waves=1).report(0)
-    assert fields(line)["left"] == "0m00s"
-
-
-def test_a_bar_on_a_terminal() -> None:
-    shown = Display(terminal=True)
-    with shown.display:
-        for number in range(10):
-            shown.report(number + 1)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.text.getvalue())
-    last = text.strip().splitlines()[-1]
-    assert "━" in last
-    assert fields(last[last.index("wave") :])["wave"] == "10"
-
-
-def test_a_quiet_console_shows_nothing() -> None:
-    text = io.StringIO()
-    display = ProgressDisplay(Console(file=text, quiet=True), 1, GB, GB, "", Clock())
-    with display:
-        display.report(wave(1, 1))
-    assert text.getvalue() == ""
-    assert display.waves == 1
-
-
-def test_reports_from_many_threads() -> None:
-    shown = Display(waves=400)
-    report: Callable[[int], None] = lambda number: shown.display.report(wave(1, 4, number % 4 == 0))  # noqa: E731
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(report, range(400)))
-    assert (shown.display.waves, shown.display.resumed) == (400, 100)
-    (line,) = shown.text.getvalue().splitlines()
-    assert (fields(line)["read"], fields(line)["out"]) == ("300.00", "1200.00")
 
 
 def test_the_machine_that_is_planned_for() -> None:
