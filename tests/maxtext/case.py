@@ -95,12 +95,11 @@ class Case:
         """Whether MaxText's model is asked to have a vision encoder, which it does not have by default."""
         return bool(self.maxtext.get("use_multimodal", False))
 
-    def maxtext_settings(self, layout: Layout) -> list[str]:
-        """Returns the `key=value` arguments of MaxText's config that describe this model."""
+    def maxtext_settings(self, layout: Layout) -> dict[str, Any]:
+        """Returns the settings of MaxText's config that describe this model."""
         sizes = {_MAXTEXT_NAMES[key]: value or 0 for key, value in self.config.items() if key in _MAXTEXT_NAMES}
         program = {"model_name": self.model_name, "scan_layers": layout == "scanned", "max_target_length": self.length}
-        settings = program | sizes | self.maxtext
-        return [f"{key}={value}" for key, value in settings.items()]
+        return program | sizes | self.maxtext
 
 
 def output(folder: Path, program: Program, save_dtype: SaveDtype, layout: Layout) -> Path:

@@ -1,11 +1,15 @@
 """Keeps the MaxText tests out of the normal run, and refuses to run them outside their environment."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 SOURCES_VARIABLE = "SLICECAST_MAXTEXT_SOURCES"
+
+# How MaxText is told about a checkpoint stands in scripts/maxtext_logits.py.
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 
 def pytest_cmdline_main(config: pytest.Config) -> None:

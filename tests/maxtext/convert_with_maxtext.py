@@ -78,7 +78,7 @@ def convert(case: Case, layout: Layout, save_dtype: SaveDtype, folder: Path) -> 
     to_maxtext.main(
         [
             "",
-            *case.maxtext_settings(layout),
+            *(f"{key}={value}" for key, value in case.maxtext_settings(layout).items()),
             f"base_output_directory={output(folder, 'maxtext', save_dtype, layout)}",
             f"--hf_model_path={folder / 'hf'}",
             f"--save_dtype={save_dtype}",

@@ -9,52 +9,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import maxtext
+import maxtext_logits
 import numpy as np
 import orbax.checkpoint as ocp
 from case import Case, Layout
 from flax import nnx
 from maxtext.common import checkpointing
-from maxtext.configs import pyconfig
 from maxtext.utils import model_creation_utils
 
 Tree = dict[str, np.ndarray]
 
-_BASE_CONFIG = Path(maxtext.__file__).parent / "configs" / "base.yml"
-
-# Float32 throughout, and the plain implementations, so that logits can be compared to the last few bits.
-_SETTINGS = (
-    "attention=dot_product",
-    "dtype=float32",
-    "enable_checkpointing=false",
-    "hardware=cpu",
-    "matmul_precision=highest",
-    "megablox=false",
-    "override_model_config=true",
-    "per_device_batch_size=1",
-    "skip_jax_distributed_system=true",
-    "sparse_matmul=false",
-    "weight_dtype=float32",
-)
+# Float32 throughout, so that logits can be compared to the last few bits.
+_FLOAT32 = {"dtype": "float32", "weight_dtype": "float32"}
 
 
 def config(case: Case, layout: Layout, items: Path) -> Any:
     """Returns MaxText's config of a case whose checkpoint is at `items`."""
     scratch = items.parents[2]  # the case's folder: MaxText writes its logs and its compiled programs somewhere
-    settings = [
-        *_SETTINGS,
-        *case.maxtext_settings(layout),
-        f"base_output_directory={scratch / 'maxtext_output'}",
-        f"jax_cache_dir={scratch.parent / 'jax_cache'}",
-        f"load_parameters_path={items}",
-    ]
-    return pyconfig.initialize(["", str(_BASE_CONFIG), *settings])
+    return maxtext_logits.initialize(
+        {
+            **_FLOAT32,
+            **case.maxtext_settings(layout),
+            "base_output_directory": scratch / "maxtext_output",
+            "jax_cache_dir": scratch.parent / "jax_cache",
+            "load_parameters_path": items,
+        }
+    )
 
 
 def _weights(model: nnx.Module) -> nnx.State:
     """Returns a model's persistent variables, as MaxText's readers select them."""
-    transient = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.BatchStat)
-    return nnx.state(model).filter(lambda path, variable: not isinstance(variable, transient))
+    return nnx.state(model).filter(maxtext_logits.is_weight)
 
 
 def _flat(state: nnx.State) -> dict[str, Any]:
