@@ -19,17 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "make_checkpoint.py"
-
-# The longest that any process of a test may take, on a loaded machine; a hang ends here.
-TIMEOUT_SECONDS = 120.0
+from program import CLI, SCRIPT, TIMEOUT_SECONDS
 
 # Simulated devices of all processes of a conversion together.
 DEVICES = 8
-
-# The command line, as Python code.
-CLI = "\nfrom slicecast.convert import cli\ncli.run()"
 
 # Lines with which C++ libraries greet on stderr.
 NOISE = ("[Gloo]",)

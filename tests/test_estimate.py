@@ -16,9 +16,9 @@ import published_models
 import pytest
 import stored
 import tiny_models
-from conftest import TIMEOUT_SECONDS
 from etils import epath
 from hub import Hub
+from program import TIMEOUT_SECONDS
 
 from slicecast.configs import families, slices
 from slicecast.configs.hosts import CPU_HOSTS, Host

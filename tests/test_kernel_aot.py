@@ -20,6 +20,8 @@ from slicecast.kernels.gptq import shapes as gptq
 from slicecast.kernels.grouped import ScaleFormat, pallas_tpu
 from slicecast.kernels.grouped import shapes as grouped
 
+pytestmark = pytest.mark.kernel
+
 BOUND = 1.1
 """How many times the bytes that must move a program may move."""
 

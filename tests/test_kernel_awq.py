@@ -14,6 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from slicecast.kernels.awq import api, pallas_tpu, reference, shapes
 
+pytestmark = pytest.mark.kernel
+
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of its word each of eight columns is."""
 

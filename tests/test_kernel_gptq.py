@@ -15,6 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from slicecast.kernels import affine
 from slicecast.kernels.gptq import api, pallas_tpu, reference, shapes
 
+pytestmark = pytest.mark.kernel
+
 
 def pack(codes: Array, bits: int) -> Array:
     """int64[batch, in, out] to int32[batch, in * bits / 32, out]: rows follow each other from the lowest bits on."""

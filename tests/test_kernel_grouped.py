@@ -16,6 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from slicecast.kernels.grouped import Code, ScaleFormat, formats, pallas_tpu, reference, shapes
 
+pytestmark = pytest.mark.kernel
+
 
 class Conformance(abc.ABC):
     """The behavior of the operation, whatever implements it."""

@@ -20,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slicecast.kernels.grouped import Code, api, pallas_tpu, reference, shapes
 from slicecast.kernels.implementation import Implementation
 
+pytestmark = pytest.mark.kernel
+
 # Block sizes ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from slicecast.kernels import affine, aot, gptq
 from slicecast.kernels.awq import shapes as awq_shapes
 from slicecast.kernels.gptq import shapes as gptq_shapes
 
+pytestmark = pytest.mark.kernel
+
 Shape = awq_shapes.Shape | gptq_shapes.Shape
 
 BATCH = 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CLI, TIMEOUT_SECONDS
+from program import CLI, TIMEOUT_SECONDS
 from rich.console import Console
 
 from slicecast.convert.progress import HostProgress, ProgressDisplay, line, table

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import SCRIPT
+from program import SCRIPT
 
 
 def test_the_page_is_current(make_checkpoint: Callable[..., Path]) -> None:

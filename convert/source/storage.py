@@ -112,8 +112,8 @@ def check_package(url: str) -> None:
     Raises:
       UsageError: it is not.
     """
-    package, extra = _PACKAGES[url.partition("://")[0]]
-    if importlib.util.find_spec(package) is None:
+    package, extra = _PACKAGES.get(url.partition("://")[0], (None, None))
+    if package is not None and importlib.util.find_spec(package) is None:
         raise UsageError(f"{url}: {package} is not installed. Run `pip install 'slicecast[{extra}]'`.")
 
 
