@@ -369,6 +369,15 @@ def test_fingerprint_depends_on_nothing_else(tmp_path: Path) -> None:
     assert fingerprint(other) == fingerprint(checkpoint)
 
 
+def test_the_path_finds_the_files_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"x.safetensors": ["a"]})
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint(".")
+    path = checkpoint.path
+    monkeypatch.chdir("/")
+    assert open_checkpoint(path).tensors == checkpoint.tensors
+
+
 # ---- Made-up checkpoints (scripts/make_checkpoint.py)
 
 

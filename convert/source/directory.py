@@ -16,8 +16,8 @@ class Directory:
 
     @property
     def path(self) -> str:
-        """The directory."""
-        return self._path
+        """The directory, from the root: it is recorded, and read again from elsewhere."""
+        return os.path.abspath(self._path)
 
     def names(self) -> frozenset[str]:
         """All files and folders in it."""
