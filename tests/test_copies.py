@@ -88,6 +88,14 @@ def test_whoever_leaves_it_out_decides(tmp_path: Path) -> None:
     copies.check(planned(write(tmp_path, "llama tied", "the last value"), ignore=r"lm_head\.weight"))
 
 
+def test_what_only_the_runtime_uses_is_no_copy(tmp_path: Path) -> None:
+    """An activation scale, which no rule of the family names."""
+    tensors = tiny_models.tensors(tiny_models.model("llama"), 1)
+    tensors["model.layers.0.mlp.up_proj.input_scale"] = ("F32", np.ones(1, np.float32))
+    made = planned(stored.write(tmp_path, tensors, tiny_models.CONFIGS["llama"]))
+    assert [(ignored.count, ignored.copies) for ignored in made.ignored] == [(1, ())]
+
+
 @pytest.mark.parametrize("where", range(5))
 def test_processes_share_the_work(tmp_path: Path, where: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that differs is found by exactly one of them, wherever it is."""

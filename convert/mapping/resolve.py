@@ -240,8 +240,9 @@ def _leftovers(
         else:
             before = counts.get(why, Ignored(why, 0, 0))
             # Whoever leaves it out by --ignore_extra too has decided that it does not matter.
-            copied = [] if any(ignore.copy_of is None for ignore in matching) else [matching[0].copy_of]
-            copies = tuple((tensor, originals[target]) for target in copied if target in originals)
+            matters = all(ignore.copy_of is not None for ignore in matching)
+            targets = [ignore.copy_of for ignore in matching[:1] if matters]
+            copies = tuple((tensor, originals[target]) for target in targets if target in originals)
             counts[why] = Ignored(why, before.count + 1, before.nbytes + tensor.nbytes, before.copies + copies)
     return list(counts.values()), unused
 
