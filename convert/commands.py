@@ -1,4 +1,4 @@
-"""What `plan` does, from settings to results; the others are in `conversion.py` and `verification.py`."""
+"""What `plan` does, from settings to results; `convert` is in `conversion.py`, others have folders."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ from slicecast.convert.errors import TargetError
 from slicecast.convert.mapping import resolve
 from slicecast.convert.mapping.rules import Ignore, ModelOptions
 from slicecast.convert.mapping.target import Layout
-from slicecast.convert.memory import GB, Machine, available_host_bytes, default_budget
+from slicecast.convert.memory import GB, Machine, available_host_bytes, budget
 from slicecast.convert.plan import Plan
 from slicecast.convert.settings import Settings
 from slicecast.convert.sharding import Sharding, axis_rules, mesh
@@ -107,14 +107,10 @@ def this_machine(settings: Settings) -> Machine:
     device_bytes = None
     if devices[0].platform != "cpu":
         statistics = devices[0].memory_stats() or {}
-        device_bytes = _bytes(settings.device_memory_gb, int(statistics.get("bytes_limit", 16 * GB)))
+        device_bytes = budget(settings.device_memory_gb, int(statistics.get("bytes_limit", 16 * GB)))
     return Machine(
         hosts=jax.process_count(),
         devices=len(devices),
-        host_bytes=_bytes(settings.host_memory_gb, available_host_bytes()),
+        host_bytes=budget(settings.host_memory_gb, available_host_bytes()),
         device_bytes=device_bytes,
     )
-
-
-def _bytes(gigabytes: float | None, available: int) -> int:
-    return default_budget(available) if gigabytes is None else int(gigabytes * GB)

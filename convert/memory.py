@@ -61,6 +61,11 @@ def default_budget(available_bytes: float) -> int:
     return int(available_bytes * _DEFAULT_SHARE)
 
 
+def budget(gigabytes: float | None, available_bytes: int) -> int:
+    """The budget that the user gives in GB, or the default one."""
+    return default_budget(available_bytes) if gigabytes is None else int(gigabytes * GB)
+
+
 @dataclass(frozen=True)
 class Costs:
     """The memory that one box needs while it is in flight.

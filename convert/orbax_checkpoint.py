@@ -306,7 +306,7 @@ def save(
         # In a bucket the step is there already when a run goes on. What is finished has been looked for before.
         file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
     )
-    tree = _nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
+    tree = nest({path: _StreamedLeaf(array) for path, array in arrays.items()})
     try:
         with checkpointer:
             checkpointer.save(
@@ -421,7 +421,8 @@ def open_arrays(output: epath.Path) -> Mapping[str, ts.TensorStore]:
     return open_tree(require_finished(output) / ITEM).arrays
 
 
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by path as a tree."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")

@@ -229,7 +229,7 @@ def write_as_maxtext(source: str, values: str, output: str) -> None:
         result: jax.Array = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
         return result
 
-    tree = nested({leaf.path: placed(kept_value(Path(values), leaf)) for leaf in model_leaves(source)})
+    tree = orbax_checkpoint.nest({leaf.path: placed(kept_value(Path(values), leaf)) for leaf in model_leaves(source)})
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=MAXTEXT_CHUNK_BYTES), tree)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
     checkpointer.save(
@@ -255,7 +255,7 @@ def restore(source: str, values: str, mesh: Mapping[str, int], jobs: Sequence[Jo
         path: NamedSharding(devices, PartitionSpec(*Sharding(mesh, rules).partition_spec(leaf)))
         for path, leaf in leaves.items()
     }
-    target = nested(
+    target = orbax_checkpoint.nest(
         {
             path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=shardings[path])
             for path, leaf in leaves.items()
@@ -294,18 +294,6 @@ def counters() -> tuple[int, int]:
         for name in ("/tensorstore/kvstore/file/bytes_read", "/tensorstore/kvstore/file/batch_read")
     )
     return bytes_read, requests
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by path as a tree."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 if __name__ == "__main__":

@@ -84,16 +84,22 @@ class Difference:
 
 
 def compare_trees(plan: Plan, arrays: Mapping[str, ts.TensorStore]) -> list[Difference]:
-    """Missing and surplus leaves, and leaves of another shape or dtype."""
-    expected = {planned.leaf.path: planned.leaf for planned in plan.leaves}
-    differences = [Difference(path, "is missing") for path in expected if path not in arrays]
-    differences += [Difference(path, "is not expected") for path in arrays if path not in expected]
-    for path, leaf in expected.items():
+    """Missing and surplus leaves, and leaves of another shape or dtype than the plan says."""
+    return differing_trees({each.leaf.path: (each.leaf.dtype, each.leaf.shape) for each in plan.leaves}, arrays)
+
+
+def differing_trees(
+    expected: Mapping[str, tuple[str, Sequence[int]]], arrays: Mapping[str, ts.TensorStore]
+) -> list[Difference]:
+    """Missing and surplus leaves, and leaves of another dtype and shape than is expected at their path."""
+    wrong = [Difference(path, "is missing") for path in expected if path not in arrays]
+    wrong += [Difference(path, "is not expected") for path in arrays if path not in expected]
+    for path, (dtype, shape) in expected.items():
         array = arrays.get(path)
-        if array is not None and (array.shape != leaf.shape or array.dtype.name != leaf.dtype):
+        if array is not None and (array.dtype.name, list(array.shape)) != (dtype, list(shape)):
             found = f"{array.dtype.name}{list(array.shape)}"
-            differences.append(Difference(path, f"is {found}, expected {leaf.dtype}{list(leaf.shape)}"))
-    return differences
+            wrong.append(Difference(path, f"is {found}, expected {dtype}{list(shape)}"))
+    return wrong
 
 
 @dataclass(frozen=True, slots=True)

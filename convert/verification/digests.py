@@ -19,7 +19,13 @@ from slicecast.convert.box import Box, grid_size
 from slicecast.convert.chunk_store import ArraySpec, ChunkFormat, digest, files, missing_keys
 from slicecast.convert.errors import first_line
 from slicecast.convert.summary import file_digest
-from slicecast.convert.verification.against_source import DamagedError, Difference, read_stored, workers
+from slicecast.convert.verification.against_source import (
+    DamagedError,
+    Difference,
+    differing_trees,
+    read_stored,
+    workers,
+)
 
 # A chunk is held compressed, decoded and, where it sticks out of its leaf, once more.
 _COPIES_OF_A_CHUNK = 3
@@ -78,14 +84,7 @@ def compare_files(step: epath.Path, digests: Mapping[str, str]) -> list[Differen
 
 def compare_trees(leaves: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, ts.TensorStore]) -> list[Difference]:
     """Missing and surplus leaves, and leaves of another shape or dtype than the summary says."""
-    wrong = [Difference(path, "is missing") for path in leaves if path not in arrays]
-    wrong += [Difference(path, "is not expected") for path in arrays if path not in leaves]
-    for path, leaf in leaves.items():
-        array = arrays.get(path)
-        if array is not None and (list(array.shape), array.dtype.name) != (leaf["shape"], leaf["dtype"]):
-            found = f"{array.dtype.name}{list(array.shape)}"
-            wrong.append(Difference(path, f"is {found}, expected {leaf['dtype']}{leaf['shape']}"))
-    return wrong
+    return differing_trees({path: (leaf["dtype"], leaf["shape"]) for path, leaf in leaves.items()}, arrays)
 
 
 def missing_chunks(

@@ -23,7 +23,7 @@ from rich.console import Console
 from slicecast.convert import hosts, orbax_checkpoint, summary
 from slicecast.convert.commands import RECORDED, make_plan
 from slicecast.convert.errors import OutputError, UsageError, first_line
-from slicecast.convert.memory import GB, Machine, available_host_bytes, default_budget
+from slicecast.convert.memory import Machine, available_host_bytes, budget
 from slicecast.convert.orbax_checkpoint import StoredTree
 from slicecast.convert.output import SUMMARY_FILE, open_output
 from slicecast.convert.plan import Plan
@@ -143,9 +143,8 @@ def verify_checkpoint(request: Request, console: Console) -> Verification:
     started = time.monotonic()
     if request.strength == SAMPLE and request.seed is None:
         request = dataclasses.replace(request, seed=int(hosts.on_first(lambda: str(secrets.randbelow(1 << 32)))))
-    gigabytes = request.host_memory_gb
-    budget = default_budget(available_host_bytes()) if gigabytes is None else int(gigabytes * GB)
-    comparison = _Comparison(request, hosts.smallest(Machine(jax.process_count(), 1, budget, None)), console)
+    host_bytes = budget(request.host_memory_gb, available_host_bytes())
+    comparison = _Comparison(request, hosts.smallest(Machine(jax.process_count(), 1, host_bytes, None)), console)
     hosts.on_all(comparison.prepare)
     hosts.check_agreement(comparison.facts)
     found = hosts.on_all(lambda: comparison.compare().encode())
@@ -271,7 +270,7 @@ class _Comparison:
         process, processes = jax.process_index(), jax.process_count()
         if self._tree is None:
             return _Found()
-        arrays, budget = self._tree.arrays, self._machine.host_bytes
+        arrays, host_bytes = self._tree.arrays, self._machine.host_bytes
         missing = []
         if process == 0:
             item = self.output / orbax_checkpoint.STEP / orbax_checkpoint.ITEM
@@ -279,7 +278,7 @@ class _Comparison:
         if self._plan is None:
             chunks = list(digests.share(arrays, process, processes))
             with VerifyProgress(self._console, sum(chunk.nbytes for chunk in chunks)) as progress:
-                return _Found(missing, digested=digests.compute(arrays, chunks, progress.add, budget))
+                return _Found(missing, digested=digests.compute(arrays, chunks, progress.add, host_bytes))
         mine = dataclasses.replace(self._plan, waves=(self._plan.waves[process],))
         if self._request.strength == SAMPLE:
             self._regions = sampling.draw(self._plan, self._request.regions, self._request.seed or 0)
@@ -287,9 +286,11 @@ class _Comparison:
         else:
             regions = list(map(Region.of, mine.boxes))
         with VerifyProgress(self._console, sum(region.nbytes for region in regions)) as progress:
-            found = _Found(missing, against_source.compare_values(self._plan, arrays, regions, progress.add, budget))
+            found = _Found(
+                missing, against_source.compare_values(self._plan, arrays, regions, progress.add, host_bytes)
+            )
         if self._request.requantize and not found.mismatches:
-            workers = against_source.workers((Region.of(work).memory_bytes for work in mine.boxes), budget)
+            workers = against_source.workers((Region.of(work).memory_bytes for work in mine.boxes), host_bytes)
             with self._console.status("quantizing again"):
                 found.requantized = requantize.compare(mine, arrays, workers)
         return found
